@@ -1,0 +1,1 @@
+//! Client side: what this node holds of one file.

@@ -1,0 +1,190 @@
+//! The admin protocol between csvctl, csvd and csvfs on one node: one JSON object per line over a Unix stream
+//! socket, one answer line per request. `csvd` listens on `<run_dir>/csvd.sock` and passes volume requests on
+//! to the volume's csvfs, which listens on `<run_dir>/<volume>.sock`.
+
+use crate::ids::{Epoch, NodeId};
+use crate::mode::Mode;
+use serde::{Deserialize, Serialize};
+
+/// Longest line accepted in either direction, in bytes.
+pub const LINE_BYTES_MAX: usize = 4 << 20;
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case")]
+pub enum Request {
+    /// State of a volume (or of all) on every node.
+    State {
+        /// Only this volume.
+        volume: Option<String>,
+    },
+    /// File-system redirection on request, for the whole volume.
+    Redirect {
+        /// Volume name.
+        volume: String,
+        /// On or off.
+        on: bool,
+        /// Only this node; all nodes when absent.
+        node: Option<String>,
+    },
+    /// Maintenance: data operations wait, metadata stays readable.
+    Maintenance {
+        /// Volume name.
+        volume: String,
+        /// On or off.
+        on: bool,
+    },
+    /// Inject a fault into this node's path to the LUN (lab and tests).
+    Fault {
+        /// Volume name.
+        volume: String,
+        /// What to do to the path.
+        fault: PathFault,
+    },
+    /// As a power cut: shut the file system down without flushing its log, then end at once.
+    Crash {
+        /// Volume name.
+        volume: String,
+    },
+    /// Where a file lies on the LUN (tests, support).
+    Map {
+        /// Volume name.
+        volume: String,
+        /// Path below the volume's mount point.
+        path: String,
+    },
+    /// Recent events of this node, oldest first.
+    Events {
+        /// Only events with a greater number.
+        after: u64,
+    },
+    /// Clean stop.
+    Stop,
+}
+
+/// A fault of this node's path to the LUN.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PathFault {
+    /// No fault.
+    Heal,
+    /// Every I/O fails.
+    Fail,
+    /// Every I/O takes this much longer, in milliseconds.
+    DelayMs(u64),
+    /// This many more I/Os succeed, then every I/O fails.
+    ErrorAfter(u64),
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "kebab-case")]
+pub enum Answer {
+    /// Done.
+    Ok,
+    /// Rows of `csvctl volume state`.
+    State {
+        /// One per node and volume.
+        rows: Vec<VolumeState>,
+    },
+    /// Extents of a file.
+    Map {
+        /// In file order; holes and unwritten ranges are missing.
+        extents: Vec<MapExtent>,
+    },
+    /// Events.
+    Events {
+        /// Oldest first.
+        events: Vec<Event>,
+    },
+    /// Refused; the text says why and what to do next.
+    Error {
+        /// For people.
+        message: String,
+    },
+}
+
+/// A piece of a file on the LUN.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MapExtent {
+    /// Byte offset in the file.
+    pub file_offset: u64,
+    /// Byte offset on the LUN.
+    pub lun_offset: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// State of one volume on one node.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VolumeState {
+    /// Node name.
+    pub node: String,
+    /// Volume name.
+    pub volume: String,
+    /// `coordinator` or `data-server`.
+    pub role: String,
+    /// How data goes, and why.
+    #[serde(flatten)]
+    pub mode: Mode,
+    /// Since when, seconds since the Unix epoch.
+    pub since_unix_s: u64,
+    /// Epoch of the ownership that the node knows.
+    pub epoch: Epoch,
+    /// I/O counts.
+    pub io: IoCounts,
+}
+
+/// I/O counts of one node on one volume since csvfs started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoCounts {
+    /// Reads and writes that went straight to the LUN.
+    pub direct_reads: u64,
+    /// See `direct_reads`.
+    pub direct_writes: u64,
+    /// Bytes of `direct_reads`.
+    pub direct_read_bytes: u64,
+    /// Bytes of `direct_writes`.
+    pub direct_write_bytes: u64,
+    /// By LUN offset through the coordinator.
+    pub block_reads: u64,
+    /// See `block_reads`.
+    pub block_writes: u64,
+    /// By file offset over SMB through the coordinator's file system.
+    pub fs_reads: u64,
+    /// See `fs_reads`.
+    pub fs_writes: u64,
+    /// Small reads and writes carried by the control protocol.
+    pub control_reads: u64,
+    /// See `control_reads`.
+    pub control_writes: u64,
+    /// Bytes sent and received by the control protocol.
+    pub control_bytes: u64,
+    /// Bytes of data sent and received over SMB.
+    pub smb_bytes: u64,
+    /// Control-protocol calls.
+    pub control_calls: u64,
+    /// Layouts granted to this node.
+    pub layouts_granted: u64,
+    /// Layouts recalled from this node.
+    pub layouts_recalled: u64,
+    /// Files open on this node.
+    pub open_files: u64,
+}
+
+/// Something that a node decided or saw in the background.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Number of the event on its node, from 1.
+    pub seq: u64,
+    /// Milliseconds since the Unix epoch.
+    pub unix_ms: u64,
+    /// Where.
+    pub node: NodeId,
+    /// Volume name, or empty.
+    pub volume: String,
+    /// Stable kind, for example `mode-change`, `fence`, `coordinator-lost`.
+    pub kind: String,
+    /// What happened, to what, and why.
+    pub message: String,
+}
