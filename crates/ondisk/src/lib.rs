@@ -1,1 +1,1 @@
-//! placeholder
+//! Formats that csvfs writes on a LUN.
