@@ -26,6 +26,11 @@ mod posix;
 mod table;
 mod types;
 
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;
+
 pub use table::{Limits, LockTable};
 pub use types::{
     Effect, HeldLock, Input, Kind, LockRange, LockRequest, LockType, Owner, OwnerKey, Refusal, RequestId,
