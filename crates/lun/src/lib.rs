@@ -1,5 +1,22 @@
 //! The shared LUN of a volume as one node sees it, and the few system calls that need `unsafe`.
 //!
-//! * [`sys`]: file handles, FIEMAP, shutdown, page-cache counts; the only module with raw system calls.
+//! * [`Lun`]: a block device (or a file, in the lab) with whole-block direct I/O, bounds, flush and faults;
+//! * [`AlignedBuf`], [`BufPool`]: memory that direct I/O accepts;
+//! * [`sys`]: file handles, FIEMAP, shutdown, page-cache counts; raw system calls behind safe functions.
+//!
+//! Invariants: nothing here reads or writes a partial block, nothing reaches behind the capacity that the LUN
+//! had when it was opened, and no error is retried: whoever asked decides between redirecting the I/O (the path
+//! failed) and stopping (the node was fenced).
 
+mod buf;
+mod device;
+mod error;
+mod fault;
+mod geometry;
 pub mod sys;
+#[cfg(test)]
+mod testutil;
+
+pub use buf::{ALIGN_BYTES, AlignedBuf, BufPool, PooledBuf};
+pub use device::{Lun, LunOptions};
+pub use error::{IoOp, LunError};

@@ -112,6 +112,20 @@ pub fn fallocate_write_zeroes(file: impl AsFd, offset: u64, len: u64) -> io::Res
     }
 }
 
+/// `BLKGETSIZE64`: declared with a `size_t`, but the kernel stores 64 bits everywhere.
+const BLKGETSIZE64_OPCODE: Opcode = opcode::read::<usize>(0x12, 114);
+
+/// Size of a block device in bytes.
+///
+/// # Errors
+/// The kernel's errno: `ENOTTY` when it is no block device.
+pub fn block_device_bytes(device: impl AsFd) -> rustix::io::Result<u64> {
+    let mut bytes = 0_u64;
+    // SAFETY: the number is BLKGETSIZE64, which writes one u64 to its argument.
+    unsafe { ioctl(device, Updater::<BLKGETSIZE64_OPCODE, u64>::new(&mut bytes)) }?;
+    Ok(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -121,6 +135,7 @@ mod tests {
     fn opcodes_are_the_kernels() {
         assert_eq!(SHUTDOWN_OPCODE, 0x8004_587d);
         assert_eq!(GETVERSION_OPCODE, 0x8008_7601);
+        assert_eq!(BLKGETSIZE64_OPCODE, 0x8008_1272);
     }
 
     #[test]
