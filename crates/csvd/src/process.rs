@@ -1,0 +1,125 @@
+//! A running csvfs, child or adopted, held by a pidfd so that its number can never mean another process.
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::fs;
+use std::io;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+/// What ended a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Woken {
+    /// The process ended.
+    Exited,
+    /// The other file descriptor became readable.
+    Order,
+    /// Time is over.
+    Timeout,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pid: Pid,
+    pidfd: OwnedFd,
+    /// Absent for an adopted process; the machine's init reaps that one.
+    child: Option<Child>,
+}
+
+impl Process {
+    /// Starts `program` in a session of its own, so that neither a signal to csvd's session nor csvd's end
+    /// reaches it.
+    pub(crate) fn spawn(program: &Path, args: &[&str]) -> anyhow::Result<Process> {
+        anyhow::ensure!(program.is_file(), "{} is not there; install csvfs beside csvd", program.display());
+        let child = Command::new("setsid")
+            .arg(program)
+            .args(args)
+            .stdin(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot run setsid {}", program.display()))?;
+        let pid = Pid::from_child(&child);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).context("pidfd_open")?;
+        Ok(Process { pid, pidfd, child: Some(child) })
+    }
+
+    /// Takes over a process that is already there.
+    pub(crate) fn adopt(pid: Pid) -> io::Result<Process> {
+        Ok(Process { pid, pidfd: pidfd_open(pid, PidfdFlags::empty())?, child: None })
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.pid.as_raw_nonzero().get()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        // It can only fail because the process has ended already, which is what the signal is for.
+        let _ = pidfd_send_signal(&self.pidfd, signal);
+    }
+
+    /// Waits until the process ends, `order` is readable or the time is over.
+    pub(crate) fn wait(&self, order: Option<&OwnedFd>, limit: Option<Duration>) -> io::Result<Woken> {
+        let mut fds = vec![PollFd::new(&self.pidfd, PollFlags::IN)];
+        if let Some(order) = order {
+            fds.push(PollFd::from_borrowed_fd(order.as_fd(), PollFlags::IN));
+        }
+        let limit = limit.and_then(|d| Timespec::try_from(d).ok());
+        loop {
+            match poll(&mut fds, limit.as_ref()) {
+                Ok(0) => return Ok(Woken::Timeout),
+                Ok(_) if !fds[0].revents().is_empty() => return Ok(Woken::Exited),
+                Ok(_) => return Ok(Woken::Order),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// How it ended, in words. Call after `Woken::Exited`.
+    pub(crate) fn outcome(&mut self) -> String {
+        match self.child.as_mut().map(Child::wait) {
+            None => "ended".to_owned(),
+            Some(Err(e)) => format!("ended (status unknown: {e})"),
+            Some(Ok(status)) => match (status.code(), status.signal()) {
+                (Some(code), _) => format!("ended with exit status {code}"),
+                (None, Some(signal)) => format!("was killed by signal {signal}"),
+                (None, None) => "ended".to_owned(),
+            },
+        }
+    }
+}
+
+/// Is this process the csvfs of that volume? Guards against a number that was given out again.
+pub(crate) fn is_csvfs(pid: Pid, volume: &str) -> bool {
+    let Ok(cmdline) = fs::read(format!("/proc/{}/cmdline", pid.as_raw_nonzero())) else { return false };
+    let args: Vec<&[u8]> = cmdline.split(|&b| b == 0).collect();
+    args.iter().any(|arg| arg.ends_with(b"csvfs"))
+        && args.windows(2).any(|pair| pair[0] == b"--volume" && pair[1] == volume.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exit_status_and_signals_are_told() {
+        let mut process = Process::spawn(Path::new("/bin/sh"), &["-c", "exit 3"]).unwrap();
+        assert_eq!(process.wait(None, Some(Duration::from_secs(10))).unwrap(), Woken::Exited);
+        assert!(process.outcome().contains("status 3"));
+        let mut process = Process::spawn(Path::new("/bin/sleep"), &["60"]).unwrap();
+        assert_eq!(process.wait(None, Some(Duration::ZERO)).unwrap(), Woken::Timeout);
+        process.signal(Signal::KILL);
+        assert_eq!(process.wait(None, Some(Duration::from_secs(10))).unwrap(), Woken::Exited);
+        assert!(process.outcome().contains("signal 9"));
+    }
+
+    #[test]
+    fn missing_program_is_named() {
+        let error = Process::spawn(Path::new("/nonexistent/csvfs"), &[]).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/csvfs"));
+    }
+}
