@@ -15,7 +15,8 @@
 //!   served whenever something is released.
 //!
 //! Invariants: the locks of one owner in one file never overlap, and no two of them with the same type touch;
-//! two locks of different owners overlap only when both are read locks; no waiter could be granted right now.
+//! two locks of different owners overlap only when both are read locks; no waiter could be granted right now,
+//! and no waiters wait for each other in a circle (up to the bound of the search).
 //!
 //! Failure: the table lives in memory of the coordinator. After a change of coordinator it starts empty, and the
 //! nodes enter again what they hold by [`LockTable::reclaim`] before the caller lets new requests in.

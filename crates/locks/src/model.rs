@@ -108,9 +108,8 @@ impl Model {
         self.wake(request.file, effects);
     }
 
-    /// Always looks at every waiter, from the front again after each grant.
+    /// Always looks at every waiter, from the front again after each grant, and at every circle.
     fn wake(&mut self, file: FileId, effects: &mut Vec<Effect>) {
-        let mut granted = Vec::new();
         let mut at = 0;
         while at < self.queue.len() {
             let (req, request) = self.queue[at];
@@ -118,24 +117,18 @@ impl Model {
                 self.queue.remove(at);
                 self.apply(&request);
                 effects.push(Effect::Granted { req });
-                granted.push(request);
                 at = 0;
             } else {
                 at += 1;
             }
         }
-        let multi_threaded = granted.iter().filter(|request| request.kind == Kind::Posix).any(|request| {
-            let key = request.owner.key();
-            self.queue.iter().any(|(_, other)| other.kind == Kind::Posix && other.owner.key() == key)
-        });
-        if multi_threaded {
-            for (req, request) in self.queue.clone() {
-                if request.file == file && self.deadlock(&request) {
-                    self.queue.retain(|(other, _)| *other != req);
-                    effects.push(Effect::Refused { req, refusal: Refusal::Deadlock });
-                }
+        for (req, request) in self.queue.clone() {
+            if request.file == file && self.deadlock(&request) {
+                self.queue.retain(|(other, _)| *other != req);
+                effects.push(Effect::Refused { req, refusal: Refusal::Deadlock });
             }
         }
+        assert!(!self.queue.iter().any(|(_, request)| self.deadlock(request)), "a circle remains");
     }
 
     fn cancel(&mut self, req: RequestId, effects: &mut Vec<Effect>) {

@@ -78,9 +78,7 @@ impl LockTable {
             }
         }
         let released = self.admit(req, request, effects);
-        if released {
-            self.wake(request.file, effects);
-        }
+        self.settle(request, released, effects);
         self.forget_if_idle(request.file);
     }
 
@@ -220,57 +218,73 @@ impl LockTable {
         dropped
     }
 
-    /// Serves the waiters of `file` in the order of arrival until none can be granted. A grant can itself
-    /// release something (a waiting downgrade of a split range), so it goes round until nothing changes; each
-    /// round but the last takes a waiter out, which bounds it.
-    fn wake(&mut self, file: FileId, effects: &mut Vec<Effect>) {
-        let mut still_waiting_owner_got_lock = false;
-        loop {
-            let mut released_again = false;
-            let queued: Vec<Waiter> = self
-                .files
-                .get(&file)
-                .map_or_else(Vec::new, |locks| locks.waiters.values().copied().collect());
-            for waiter in queued {
-                let Some(locks) = self.files.get_mut(&file) else { return };
-                if locks.conflicts(&waiter.request).next().is_some() {
-                    continue;
-                }
-                let applied = locks.apply(&waiter.request, self.limits.locks_per_file_max);
-                self.unqueue(waiter.req);
-                match applied {
-                    Applied::Done { released } => {
-                        released_again |= released;
-                        still_waiting_owner_got_lock |=
-                            self.waiting_of.contains_key(&waiter.request.owner.key());
-                        effects.push(Effect::Granted { req: waiter.req });
-                    }
-                    Applied::TooMany => {
-                        effects.push(Effect::Refused { req: waiter.req, refusal: Refusal::NoLocks });
-                    }
-                }
-            }
-            if !released_again {
-                break;
-            }
+    /// After a request was admitted: serves waiters, and keeps waiters free of circles. A lock that was granted
+    /// at once can close one when its owner waits elsewhere with another thread.
+    fn settle(&mut self, request: LockRequest, released: bool, effects: &mut Vec<Effect>) {
+        if released {
+            self.wake(request.file, effects);
         }
-        if still_waiting_owner_got_lock {
-            self.refuse_new_circles(file, effects);
+        if request.lock_type != LockType::Unlock && self.waiting_of.contains_key(&request.owner.key()) {
+            self.refuse_circles(request.file, effects);
         }
     }
 
-    /// An owner with several threads can get a lock while it waits for another; those who wait for the lock
-    /// may then be in a circle that was not there when they queued. As Linux finds when a woken waiter tries
-    /// again.
-    fn refuse_new_circles(&mut self, file: FileId, effects: &mut Vec<Effect>) {
-        let queued: Vec<Waiter> =
-            self.files.get(&file).map_or_else(Vec::new, |locks| locks.waiters.values().copied().collect());
-        for waiter in queued {
+    /// Serves the waiters of `file` in the order of arrival until none can be granted. A grant can itself
+    /// release something (a downgrade that waited for a part of its range); then it starts from the front
+    /// again, as an earlier waiter may be free now. Each round takes a waiter out, which bounds the rounds.
+    fn wake(&mut self, file: FileId, effects: &mut Vec<Effect>) {
+        let mut granted_to: BTreeSet<OwnerKey> = BTreeSet::new();
+        while self.wake_round(file, &mut granted_to, effects) {}
+        if granted_to.iter().any(|owner| self.waiting_of.contains_key(owner)) {
+            self.refuse_circles(file, effects);
+        }
+    }
+
+    /// One pass over the waiters. True when it stopped early because a grant released something.
+    fn wake_round(
+        &mut self,
+        file: FileId,
+        granted_to: &mut BTreeSet<OwnerKey>,
+        effects: &mut Vec<Effect>,
+    ) -> bool {
+        for waiter in self.queue_of(file) {
+            let Some(locks) = self.files.get_mut(&file) else { return false };
+            if locks.conflicts(&waiter.request).next().is_some() {
+                continue;
+            }
+            let applied = locks.apply(&waiter.request, self.limits.locks_per_file_max);
+            self.unqueue(waiter.req);
+            match applied {
+                Applied::Done { released } => {
+                    effects.push(Effect::Granted { req: waiter.req });
+                    if waiter.request.kind == Kind::Posix {
+                        granted_to.insert(waiter.request.owner.key());
+                    }
+                    if released {
+                        return true;
+                    }
+                }
+                Applied::TooMany => {
+                    effects.push(Effect::Refused { req: waiter.req, refusal: Refusal::NoLocks });
+                }
+            }
+        }
+        false
+    }
+
+    /// Refuses those waiters of `file` that stand in a circle. Needed only when an owner with several threads
+    /// got a lock while it waits for another one: those who wait for the new lock may now wait for themselves.
+    fn refuse_circles(&mut self, file: FileId, effects: &mut Vec<Effect>) {
+        for waiter in self.queue_of(file) {
             if would_deadlock(self, &waiter.request) {
                 self.unqueue(waiter.req);
                 effects.push(Effect::Refused { req: waiter.req, refusal: Refusal::Deadlock });
             }
         }
+    }
+
+    fn queue_of(&self, file: FileId) -> Vec<Waiter> {
+        self.files.get(&file).map_or_else(Vec::new, |locks| locks.waiters.values().copied().collect())
     }
 
     fn enqueue(&mut self, req: RequestId, request: LockRequest) {
