@@ -26,6 +26,7 @@
 //! does not ask to extend) is answered with ENXIO and the file's attributes; a Read/Write grant ends at the exact
 //! logical size, an Exclusive one without the end-of-file right at the size rounded up to the file system's block.
 
+pub mod hidden;
 mod options;
 
 pub use options::{EventSink, Fence, Limits, Options, Order, Outbox, Refusal, SessionRef};
