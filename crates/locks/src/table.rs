@@ -39,6 +39,15 @@ pub struct LockTable {
     next_arrival: u64,
 }
 
+/// What the first look at a request did.
+#[derive(Debug, Clone, Copy)]
+struct Admitted {
+    /// Something was given up, so waiters have to be looked at.
+    released: bool,
+    /// A byte-range lock was granted, so others may wait for this owner now.
+    locked: bool,
+}
+
 impl LockTable {
     /// An empty table.
     #[must_use]
@@ -77,8 +86,14 @@ impl LockTable {
                 return;
             }
         }
-        let released = self.admit(req, request, effects);
-        self.settle(request, released, effects);
+        let admitted = self.admit(req, request, effects);
+        if admitted.released {
+            self.wake(request.file, effects);
+        }
+        // A lock that was granted at once can close a circle when its owner waits with another thread.
+        if admitted.locked && self.waiting_of.contains_key(&request.owner.key()) {
+            self.refuse_circles(request.file, effects);
+        }
         self.forget_if_idle(request.file);
     }
 
@@ -179,8 +194,8 @@ impl LockTable {
         })
     }
 
-    /// Grants, refuses or queues a new request. True when waiters have to be looked at.
-    fn admit(&mut self, req: RequestId, request: LockRequest, effects: &mut Vec<Effect>) -> bool {
+    /// Grants, refuses or queues a new request.
+    fn admit(&mut self, req: RequestId, request: LockRequest, effects: &mut Vec<Effect>) -> Admitted {
         let locks_max = self.limits.locks_per_file_max;
         let locks = self.files.entry(request.file).or_default();
         // Linux gives the old flock up before it looks for conflicts, so a conversion is not atomic.
@@ -190,11 +205,12 @@ impl LockTable {
             return match locks.apply(&request, locks_max) {
                 Applied::Done { released } => {
                     effects.push(Effect::Granted { req });
-                    released || dropped
+                    let locked = request.kind == Kind::Posix && request.lock_type != LockType::Unlock;
+                    Admitted { released: released || dropped, locked }
                 }
                 Applied::TooMany => {
                     effects.push(Effect::Refused { req, refusal: Refusal::NoLocks });
-                    dropped
+                    Admitted { released: dropped, locked: false }
                 }
             };
         }
@@ -215,18 +231,7 @@ impl LockTable {
                 effects.push(Effect::Queued { req });
             }
         }
-        dropped
-    }
-
-    /// After a request was admitted: serves waiters, and keeps waiters free of circles. A lock that was granted
-    /// at once can close one when its owner waits elsewhere with another thread.
-    fn settle(&mut self, request: LockRequest, released: bool, effects: &mut Vec<Effect>) {
-        if released {
-            self.wake(request.file, effects);
-        }
-        if request.lock_type != LockType::Unlock && self.waiting_of.contains_key(&request.owner.key()) {
-            self.refuse_circles(request.file, effects);
-        }
+        Admitted { released: dropped, locked: false }
     }
 
     /// Serves the waiters of `file` in the order of arrival until none can be granted. A grant can itself
