@@ -1,1 +1,6 @@
-//! Formats that csvfs writes on a LUN.
+//! Formats that csvfs writes on a LUN: encode, decode, checksum. Pure; where the bytes lie on the device and who
+//! may write them is the business of `csv-lun`.
+
+pub mod label;
+
+pub use label::{FsKind, Label, LabelError, check_volume_name};
