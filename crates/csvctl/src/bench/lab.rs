@@ -155,7 +155,8 @@ impl BenchLab {
 }
 
 fn up(program: &PathBuf) -> anyhow::Result<String> {
-    run(Command::new(program).args(["lab", "up", "--name", OWN_NAME]))?;
+    // Without --prealloc the host file system would allocate during the first writes, and the raw job would pay.
+    run(Command::new(program).args(["lab", "up", "--name", OWN_NAME, "--size", "6G", "--prealloc"]))?;
     Ok(OWN_NAME.to_owned())
 }
 

@@ -1,0 +1,44 @@
+//! Runs inside a lab node for the end-to-end suites.
+//!
+//! `csv-test-agent serve DIR`: one operation per line on standard input, one answer per line on standard output;
+//! ends at the end of input. `csv-test-agent admin SOCKET JSON`: sends one admin request and prints the answer.
+
+use anyhow::{Context as _, bail};
+use csv_tests::agent::Agent;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// A clean stop of a node writes back and unmounts before it answers.
+const ADMIN_DEADLINE: Duration = Duration::from_secs(60);
+
+fn main() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["serve", dir] => serve(dir),
+        ["admin", socket, request] => admin(socket, request),
+        _ => bail!("usage: csv-test-agent serve DIR | admin SOCKET JSON"),
+    }
+}
+
+fn serve(dir: &str) -> anyhow::Result<()> {
+    let mut agent = Agent::new(dir.into());
+    let mut out = std::io::stdout();
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("reading an operation")?;
+        let op = serde_json::from_str(&line).with_context(|| format!("not an operation: {line}"))?;
+        let reply = serde_json::to_string(&agent.run(&op))?;
+        writeln!(out, "{reply}").context("answering")?;
+        out.flush().context("answering")?;
+    }
+    Ok(())
+}
+
+fn admin(socket: &str, request: &str) -> anyhow::Result<()> {
+    let mut stream = UnixStream::connect(socket).with_context(|| format!("connecting to {socket}"))?;
+    stream.set_read_timeout(Some(ADMIN_DEADLINE))?;
+    writeln!(stream, "{request}").context("sending the request")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).with_context(|| format!("waiting for {socket}"))?;
+    write!(std::io::stdout(), "{answer}").context("printing the answer")
+}

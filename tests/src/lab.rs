@@ -1,0 +1,303 @@
+//! A lab for one suite: brought up with a name of its own, taken down when the handle is dropped.
+//!
+//! A failed suite takes its lab down too, unless `CSV_TEST_KEEP=1`. [`Lab::finish`] is the good end: it stops the
+//! nodes cleanly, checks the file system on the LUN, and only then takes the lab down.
+
+use crate::wait::{self, Ended};
+use crate::{fsck, tools};
+use anyhow::{Context as _, bail};
+use csv_types::admin::{IoCounts, MapExtent};
+use serde::Deserialize;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// Name of the lab's volume.
+pub const VOLUME: &str = "Volume1";
+/// Where it is mounted on every node.
+pub const MOUNT: &str = "/ClusterStorage/Volume1";
+
+const UP_DEADLINE: Duration = Duration::from_secs(180);
+const DOWN_DEADLINE: Duration = Duration::from_secs(120);
+/// For commands that only look or switch.
+const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
+/// A change of mode shows at the next status exchange.
+pub const MODE_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A row of `csvctl volume state --json`.
+#[derive(Debug, Clone, Deserialize)]
+pub struct Row {
+    /// Node name.
+    pub node: String,
+    /// Volume name.
+    pub volume: String,
+    /// `coordinator` or `data-server`.
+    pub role: String,
+    /// Kebab-case mode.
+    pub mode: String,
+    /// Why, in words.
+    pub reason: String,
+    /// Ownership number.
+    pub epoch: u64,
+    /// Counts since csvfs started.
+    pub io: IoCounts,
+}
+
+/// A running lab.
+#[derive(Debug)]
+pub struct Lab {
+    name: String,
+    fs: String,
+    csvctl: PathBuf,
+    dir: PathBuf,
+    nodes: Vec<String>,
+    up: bool,
+    /// One lab at a time on this machine.
+    _turn: File,
+}
+
+impl Lab {
+    /// Three nodes: n2 coordinates, n1 has a path to the LUN, n3 has none.
+    ///
+    /// # Errors
+    /// Not root, csvctl not built, or the lab did not come up.
+    pub fn up(suite: &str) -> anyhow::Result<Lab> {
+        let fs = std::env::var("CSV_TEST_FS").unwrap_or_else(|_| "ext4".into());
+        Lab::up_with(suite, &fs, &["--size", "4G"])
+    }
+
+    /// With a file system and more arguments of `csvctl lab up`.
+    ///
+    /// # Errors
+    /// See [`Lab::up`].
+    pub fn up_with(suite: &str, fs: &str, args: &[&str]) -> anyhow::Result<Lab> {
+        if !nix::unistd::geteuid().is_root() {
+            bail!("the end-to-end suites need root: they make network namespaces, loop devices and mounts");
+        }
+        let turn = take_turn()?;
+        // Names of interfaces and namespaces are made from it, and those are short.
+        let name = format!("t{}{}", suite.chars().take(3).collect::<String>(), std::process::id() % 100_000);
+        let csvctl = tools::csvctl()?;
+        let dir = PathBuf::from("/var/tmp/csv-lab").join(&name);
+        let nodes = ["n1", "n2", "n3"].map(str::to_owned).to_vec();
+        let lab = Lab { name, fs: fs.to_owned(), csvctl, dir, nodes, up: true, _turn: turn };
+        println!("{suite}: lab {} on {fs}", lab.name);
+        let mut command = Command::new(&lab.csvctl);
+        command.args(["lab", "up", "--name", &lab.name, "--fs", fs]).args(args);
+        wait::run(&mut command, UP_DEADLINE)?.ok("csvctl lab up")?;
+        Ok(lab)
+    }
+
+    /// The lab's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Path of csvctl.
+    #[must_use]
+    pub fn csvctl(&self) -> &PathBuf {
+        &self.csvctl
+    }
+
+    /// The LUN's backing file on this machine.
+    #[must_use]
+    pub fn lun_image(&self) -> PathBuf {
+        self.dir.join("lun.img")
+    }
+
+    /// `csvctl lab exec ... node --`, to which a program is added.
+    #[must_use]
+    pub fn command(&self, node: &str) -> Command {
+        let mut command = Command::new(&self.csvctl);
+        command.args(["lab", "exec", "--name", &self.name, node, "--"]);
+        command
+    }
+
+    /// Runs a program as on a node, to its end.
+    ///
+    /// # Errors
+    /// It cannot be started or does not end in time. A failure of the program is in the result.
+    pub fn exec(&self, node: &str, argv: &[impl AsRef<OsStr>], deadline: Duration) -> anyhow::Result<Ended> {
+        wait::run(self.command(node).args(argv), deadline)
+    }
+
+    /// Runs a shell script as on a node and gives what it printed.
+    ///
+    /// # Errors
+    /// It failed; with what it printed.
+    pub fn sh(&self, node: &str, script: &str) -> anyhow::Result<String> {
+        self.exec(node, &["sh", "-ec", script], COMMAND_DEADLINE)?.ok(&format!("{node}: {script}"))
+    }
+
+    /// `csvctl lab VERB --name LAB ARGS`.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn lab(&self, verb: &str, args: &[&str]) -> anyhow::Result<String> {
+        let mut command = Command::new(&self.csvctl);
+        command.args(["lab", verb, "--name", &self.name]).args(args);
+        wait::run(&mut command, UP_DEADLINE)?.ok(&format!("csvctl lab {verb} {}", args.join(" ")))
+    }
+
+    /// csvctl as on a node.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn ctl(&self, node: &str, args: &[&str]) -> anyhow::Result<String> {
+        let mut argv = vec![self.csvctl.as_os_str()];
+        argv.extend(args.iter().map(OsStr::new));
+        self.exec(node, &argv, COMMAND_DEADLINE)?.ok(&format!("{node}: csvctl {}", args.join(" ")))
+    }
+
+    /// State of all nodes, as seen from one.
+    ///
+    /// # Errors
+    /// csvctl fails or prints something else.
+    pub fn state_from(&self, node: &str) -> anyhow::Result<Vec<Row>> {
+        let text = self.ctl(node, &["volume", "state", "--json"])?;
+        serde_json::from_str(&text).with_context(|| format!("state: {text}"))
+    }
+
+    /// A node's own row.
+    ///
+    /// # Errors
+    /// See [`Lab::state_from`]; or the node is missing in its own state.
+    pub fn state(&self, node: &str) -> anyhow::Result<Row> {
+        let rows = self.state_from(node)?;
+        rows.into_iter().find(|row| row.node == node).with_context(|| format!("{node} has no row of its own"))
+    }
+
+    /// Waits until a node is in a mode.
+    ///
+    /// # Errors
+    /// Not within [`MODE_DEADLINE`].
+    pub fn wait_mode(&self, node: &str, mode: &str) -> anyhow::Result<Row> {
+        wait::until(&format!("{node} in mode {mode}"), MODE_DEADLINE, || {
+            let row = self.state(node)?;
+            if row.mode != mode {
+                bail!("it is {} ({})", row.mode, row.reason);
+            }
+            Ok(Some(row))
+        })
+    }
+
+    /// Switches fs-redirection of a node and waits for it.
+    ///
+    /// # Errors
+    /// Refused, or not in effect in time.
+    pub fn redirect(&self, node: &str, on: bool) -> anyhow::Result<()> {
+        let word = if on { "on" } else { "off" };
+        self.ctl(node, &["volume", "redirect", word, VOLUME, "--node", node])?;
+        wait::until(&format!("redirect {word} on {node}"), MODE_DEADLINE, || {
+            Ok(((self.state(node)?.mode == "fs-redirected") == on).then_some(()))
+        })
+    }
+
+    /// Where a file (relative to the mount point) lies on the LUN.
+    ///
+    /// # Errors
+    /// csvctl fails or prints something else.
+    pub fn map(&self, node: &str, path: &str) -> anyhow::Result<Vec<MapExtent>> {
+        let text = self.ctl(node, &["volume", "map", path, "--json"])?;
+        serde_json::from_str(&text).with_context(|| format!("map of {path}: {text}"))
+    }
+
+    /// Bytes received and sent on the node's network, without loopback.
+    ///
+    /// # Errors
+    /// The node's `/proc/net/dev` cannot be read.
+    pub fn network_bytes(&self, node: &str) -> anyhow::Result<u64> {
+        let text = self.sh(node, "cat /proc/net/dev")?;
+        parse_network_bytes(&text).with_context(|| format!("/proc/net/dev of {node}: {text}"))
+    }
+
+    /// Stops every node cleanly (data servers first), checks the file system, takes the lab down.
+    ///
+    /// # Errors
+    /// A node does not stop, the file system is not clean, or something is left behind.
+    pub fn finish(mut self) -> anyhow::Result<()> {
+        let agent = tools::agent()?;
+        for node in ["n1", "n3", "n2"] {
+            let argv = [
+                agent.as_os_str(),
+                "admin".as_ref(),
+                "/run/csv/csvd.sock".as_ref(),
+                r#"{"request":"stop"}"#.as_ref(),
+            ];
+            let answer = self.exec(node, &argv, COMMAND_DEADLINE)?.ok(&format!("stopping {node}"))?;
+            if !answer.contains(r#""answer":"ok""#) {
+                bail!("stopping {node}: {answer}");
+            }
+            wait::until(&format!("{node} unmounted"), COMMAND_DEADLINE, || {
+                Ok((!self.sh(node, "cat /proc/self/mounts")?.contains(MOUNT)).then_some(()))
+            })?;
+        }
+        fsck::check(&self.lun_image(), &self.fs)?;
+        self.down()
+    }
+
+    fn down(&mut self) -> anyhow::Result<()> {
+        self.up = false;
+        let mut command = Command::new(&self.csvctl);
+        command.args(["lab", "down", "--name", &self.name]);
+        wait::run(&mut command, DOWN_DEADLINE)?.ok("csvctl lab down")?;
+        Ok(())
+    }
+
+    /// Names of the nodes.
+    #[must_use]
+    pub fn nodes(&self) -> &[String] {
+        &self.nodes
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if !self.up {
+            return;
+        }
+        if std::env::var_os("CSV_TEST_KEEP").is_some() {
+            println!("lab {} is left up; csvctl lab down --name {}", self.name, self.name);
+        } else if let Err(error) = self.down() {
+            println!("taking lab {} down: {error:#}", self.name);
+        }
+    }
+}
+
+/// Waits for this suite's turn; the lock goes when the file is closed, also when the process dies.
+fn take_turn() -> anyhow::Result<File> {
+    let path = std::env::temp_dir().join("csv-tests.lock");
+    let file = File::options().create(true).append(true).open(&path);
+    let file = file.with_context(|| format!("opening {}", path.display()))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
+        .with_context(|| format!("locking {}", path.display()))?;
+    Ok(file)
+}
+
+fn parse_network_bytes(text: &str) -> Option<u64> {
+    let mut sum = 0;
+    for line in text.lines().filter_map(|line| line.split_once(':')) {
+        let (name, counters) = line;
+        let counters: Vec<u64> = counters.split_ascii_whitespace().map_while(|n| n.parse().ok()).collect();
+        if name.trim() != "lo" && counters.len() >= 9 {
+            sum += counters[0] + counters[8];
+        }
+    }
+    (sum > 0).then_some(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn network_bytes_leave_loopback_out() {
+        let text = "Inter-|   Receive                |  Transmit\n face |bytes packets errs drop fifo frame\n\
+                    lo: 999 1 0 0 0 0 0 0 999 1 0 0 0 0 0 0\n  eth0: 100 2 0 0 0 0 0 0 30 1 0 0 0 0 0 0\n";
+        assert_eq!(parse_network_bytes(text), Some(130));
+        assert_eq!(parse_network_bytes("lo: 1 1 0 0 0 0 0 0 1 1 0 0 0 0 0 0\n"), None);
+    }
+}
