@@ -9,9 +9,10 @@ use crate::buf::AlignedBuf;
 use crate::error::{IoOp, LunError};
 use crate::fault::{FaultState, Faulty};
 use crate::geometry::{Geometry, GeometryError, read_geometry};
+use crate::sys;
 use csv_types::LunOffset;
 use csv_types::admin::PathFault;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Advice, Mode, OFlags};
 use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -93,10 +94,10 @@ impl Lun {
         &self.path
     }
 
-    /// Opened for reading only?
+    /// Opened for reading only, or write-protected by the device?
     #[must_use]
     pub fn is_read_only(&self) -> bool {
-        self.options.read_only
+        self.options.read_only || self.geometry.write_protected
     }
 
     /// A block device, as opposed to a file?
@@ -137,7 +138,7 @@ impl Lun {
         if at.0.checked_add(len).is_none_or(|end| end > capacity_bytes) {
             return Err(LunError::OutOfBounds { op, offset: at.0, len, capacity_bytes });
         }
-        if op == IoOp::Write && self.options.read_only {
+        if op == IoOp::Write && self.is_read_only() {
             return Err(LunError::ReadOnly { path: Arc::clone(&self.path) });
         }
         Ok(())
@@ -187,6 +188,21 @@ impl Lun {
         self.check_fault_completed(IoOp::Flush, LunOffset(0))
     }
 
+    /// Drops this node's page cache of the LUN, which knows nothing of what other nodes have written since. To
+    /// be called before the file system is mounted here: the mount reads through that cache, and it outlives
+    /// an earlier mount for as long as anybody has the device open.
+    ///
+    /// # Errors
+    /// `PathFailed`; do not mount then.
+    pub fn drop_page_cache(&self) -> Result<(), LunError> {
+        let dropped = if self.geometry.is_block_device {
+            sys::drop_block_device_cache(&self.fd)
+        } else {
+            rustix::fs::fadvise(&self.fd, 0, None, Advice::DontNeed)
+        };
+        dropped.map_err(|errno| self.io_error(IoOp::Flush, LunOffset(0), errno))
+    }
+
     /// Continues short transfers until `len` bytes are done. Each step moves at least one block, so it ends.
     fn transfer(
         &self,
@@ -225,6 +241,12 @@ impl Lun {
     #[must_use]
     pub fn fault(&self) -> PathFault {
         self.faults.get()
+    }
+
+    /// Is any fault injected? Cheap enough to ask before each I/O.
+    #[must_use]
+    pub fn is_faulty(&self) -> bool {
+        self.faults.is_active()
     }
 
     /// Before an I/O that this type does not do itself: may it start? The caller waits for the delay, if any,

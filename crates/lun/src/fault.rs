@@ -34,6 +34,11 @@ impl FaultState {
         self.active.store(fault != PathFault::Heal, Ordering::Relaxed);
     }
 
+    /// Any fault in force? One relaxed load.
+    pub(crate) fn is_active(&self) -> bool {
+        self.active.load(Ordering::Relaxed)
+    }
+
     pub(crate) fn get(&self) -> PathFault {
         *self.fault.lock()
     }

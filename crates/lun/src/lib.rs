@@ -2,6 +2,8 @@
 //!
 //! * [`Lun`]: a block device (or a file, in the lab) with whole-block direct I/O, bounds, flush and faults;
 //! * [`AlignedBuf`], [`BufPool`]: memory that direct I/O accepts;
+//! * [`label`], [`probe`], [`in_use`]: what is on it and who uses it;
+//! * [`format`]: making a volume;
 //! * [`sys`]: file handles, FIEMAP, shutdown, page-cache counts; raw system calls behind safe functions.
 //!
 //! Invariants: nothing here reads or writes a partial block, nothing reaches behind the capacity that the LUN
@@ -12,7 +14,12 @@ mod buf;
 mod device;
 mod error;
 mod fault;
+pub mod format;
 mod geometry;
+pub mod in_use;
+pub mod label;
+pub mod probe;
+mod ring;
 pub mod sys;
 #[cfg(test)]
 mod testutil;
@@ -20,3 +27,8 @@ mod testutil;
 pub use buf::{ALIGN_BYTES, AlignedBuf, BufPool, PooledBuf};
 pub use device::{Lun, LunOptions};
 pub use error::{IoOp, LunError};
+pub use format::{CreateError, CreateRequest, create_volume};
+pub use in_use::is_mounted;
+pub use label::{LabelIoError, bump_epoch, read_label, write_label};
+pub use probe::{Probe, probe};
+pub use ring::{Refused, Ring, RingIo};

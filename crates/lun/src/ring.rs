@@ -11,11 +11,12 @@
 //! 6.1) completions run in the owner's context, so that no inter-processor interrupt is needed; without it the ring
 //! works the same.
 
-use crate::{AlignedBuf, Lun, LunError};
+use crate::{AlignedBuf, IoOp, Lun, LunError};
 use csv_types::LunOffset;
 use io_uring::{IoUring, opcode, squeue, types};
+use rustix::io::Errno;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 /// A finished I/O with the buffer it used.
@@ -43,6 +44,8 @@ struct Slot {
     token: u64,
     buf: AlignedBuf,
     len: u32,
+    op: IoOp,
+    offset: LunOffset,
 }
 
 /// Submission and completion rings on one LUN.
@@ -72,7 +75,7 @@ impl Ring {
             .setup_taskrun_flag()
             .build(entries)
             .or_else(|_| IoUring::new(entries))?;
-        uring.submitter().register_files(&[lun.as_raw_fd()])?;
+        uring.submitter().register_files(&[lun.as_fd().as_raw_fd()])?;
         Ok(Ring {
             uring,
             lun,
@@ -130,13 +133,14 @@ impl Ring {
         offset: LunOffset,
         write: bool,
     ) -> Result<(), Box<Refused>> {
-        let checked = self.lun.check_io(buf.len(), len, offset, write);
-        let len32 = match checked.and_then(|()| u32::try_from(len).map_err(|_| LunError::io(libc::EINVAL))) {
+        let op = if write { IoOp::Write } else { IoOp::Read };
+        let len32 = match self.check(op, &buf, len, offset) {
             Ok(len32) => len32,
             Err(error) => return Err(Box::new(Refused { buf, error })),
         };
         let Some(slot) = self.free.pop() else {
-            return Err(Box::new(Refused { buf, error: LunError::io(libc::EAGAIN) }));
+            let error = self.lun.io_error(op, offset, Errno::AGAIN);
+            return Err(Box::new(Refused { buf, error }));
         };
         let fd = types::Fixed(0);
         let pointer = buf.as_mut_ptr();
@@ -145,9 +149,21 @@ impl Ring {
         } else {
             opcode::Read::new(fd, pointer, len32).offset(offset.0).build()
         };
-        self.slots[slot as usize] = Some(Slot { token, buf, len: len32 });
+        self.slots[slot as usize] = Some(Slot { token, buf, len: len32, op, offset });
         self.push_entry(&entry.user_data(u64::from(slot)));
         Ok(())
+    }
+
+    fn check(&self, op: IoOp, buf: &AlignedBuf, len: usize, offset: LunOffset) -> Result<u32, LunError> {
+        self.lun.check_range(op, len, offset)?;
+        if buf.len() < len {
+            return Err(LunError::BufferTooSmall { op, have_bytes: buf.len(), need_bytes: len });
+        }
+        // The owner of a ring must not sleep: an injected delay is for the blocking calls, which it turns to.
+        if self.lun.admit_io(op, offset)?.is_some() {
+            return Err(self.lun.io_error(op, offset, Errno::AGAIN));
+        }
+        u32::try_from(len).map_err(|_| self.lun.io_error(op, offset, Errno::INVAL))
     }
 
     fn push_entry(&mut self, entry: &squeue::Entry) {
@@ -209,8 +225,7 @@ impl Ring {
         let taken = self.uring.submitter().submit_and_wait(0);
         match taken {
             Ok(taken) => self.unsubmitted = self.unsubmitted.saturating_sub(taken),
-            Err(error)
-                if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)) => {}
             Err(error) => return Err(error),
         }
         self.reap(out);
@@ -226,14 +241,21 @@ impl Ring {
             if let Ok(index) = u32::try_from(index) {
                 self.free.push(index);
             }
-            let result = match u32::try_from(entry.result()) {
-                Ok(done) if done == slot.len => self.lun.check_fault(),
-                // A block device is short only at its end: the LUN shrank.
-                Ok(done) => Err(LunError::short(slot.len, done)),
-                Err(_) => Err(LunError::io(-entry.result())),
-            };
+            let result = outcome(&self.lun, &slot, entry.result());
             out.push(RingIo { token: slot.token, buf: slot.buf, result });
         }
+    }
+}
+
+fn outcome(lun: &Lun, slot: &Slot, result: i32) -> Result<(), LunError> {
+    match u32::try_from(result) {
+        Ok(done) if done == slot.len => lun.check_fault_completed(slot.op, slot.offset),
+        // A block device is short only at its end: the LUN shrank.
+        Ok(_) => {
+            lun.check_capacity()?;
+            Err(lun.io_error(slot.op, slot.offset, Errno::IO))
+        }
+        Err(_) => Err(lun.io_error(slot.op, slot.offset, Errno::from_raw_os_error(-result))),
     }
 }
 
@@ -244,7 +266,7 @@ impl AsRawFd for Ring {
     }
 }
 
-impl std::os::fd::AsFd for Ring {
+impl AsFd for Ring {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         // SAFETY: the descriptor is owned by `self.uring` and lives as long as the borrow of `self`.
         unsafe { std::os::fd::BorrowedFd::borrow_raw(self.uring.as_raw_fd()) }

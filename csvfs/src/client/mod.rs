@@ -1,0 +1,245 @@
+//! The volume client: what this node knows and holds of a volume, and how its data moves.
+//!
+//! * [`channel`]: calls to the coordinator, across reconnects.
+//! * [`session`]: what the coordinator says without being asked (recalls, queries, orders), and reclaim after it
+//!   changed.
+//! * [`inode`]: the kernel's inodes and what is held of each file's layout.
+//! * [`data`]: reads and writes that the hot path could not answer at once.
+//! * [`modes`]: direct, block-redirected, fs-redirected, paused; why, and since when.
+//! * [`held_locks`]: locks taken through this node, so that they can be reclaimed.
+//!
+//! Safety rules 1 and 6: nothing goes to the LUN unless a layout is held *and* the lease is alive
+//! ([`VolumeClient::lease_alive`]); the lease ends before the coordinator may presume this node dead.
+
+pub(crate) mod channel;
+pub(crate) mod data;
+pub(crate) mod held_locks;
+pub(crate) mod inode;
+pub(crate) mod modes;
+pub(crate) mod session;
+
+use crate::events::Events;
+use channel::Channel;
+use csv_lun::BufPool;
+use csv_proto as proto;
+use csv_proto::client_message::Body as Out;
+use csv_smb::pool::SmbPool;
+use csv_types::admin::IoCounts;
+use csv_types::{FileId, NodeId};
+use held_locks::HeldLocks;
+use inode::InodeTable;
+use modes::Modes;
+use parking_lot::{Mutex, RwLock};
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// What the client reports about itself besides its mode.
+#[derive(Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) direct_reads: AtomicU64,
+    pub(crate) direct_writes: AtomicU64,
+    pub(crate) direct_read_bytes: AtomicU64,
+    pub(crate) direct_write_bytes: AtomicU64,
+    pub(crate) block_reads: AtomicU64,
+    pub(crate) block_writes: AtomicU64,
+    pub(crate) fs_reads: AtomicU64,
+    pub(crate) fs_writes: AtomicU64,
+    pub(crate) control_reads: AtomicU64,
+    pub(crate) control_writes: AtomicU64,
+    pub(crate) control_bytes: AtomicU64,
+    pub(crate) layouts_granted: AtomicU64,
+    pub(crate) layouts_recalled: AtomicU64,
+}
+
+/// Adds to a counter.
+pub(crate) fn count(counter: &AtomicU64, by: u64) {
+    counter.fetch_add(by, Ordering::Relaxed);
+}
+
+/// A file open on this node.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OpenHandle {
+    pub(crate) file: FileId,
+    pub(crate) flags: u32,
+}
+
+/// What a Welcome told.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct SessionFacts {
+    /// Secret part of this session's SMB paths.
+    pub(crate) smb_token: String,
+    /// File-system block size in bytes.
+    pub(crate) fs_block_bytes: u32,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct VolumeClient {
+    pub(crate) volume: String,
+    pub(crate) node_name: String,
+    pub(crate) node: NodeId,
+    pub(crate) chan: Channel,
+    pub(crate) inodes: InodeTable,
+    pub(crate) modes: Modes,
+    pub(crate) counts: Counts,
+    pub(crate) bufs: BufPool,
+    pub(crate) events: Arc<Events>,
+    pub(crate) locks: HeldLocks,
+    pub(crate) handles: Mutex<HashMap<u64, OpenHandle>>,
+    pub(crate) facts: RwLock<SessionFacts>,
+    pub(crate) smb: RwLock<Option<Arc<SmbPool>>>,
+    /// This process owns the file system: no SMB, no wire.
+    pub(crate) is_coordinator: bool,
+    pub(crate) op_timeout: Duration,
+    next_handle: AtomicU64,
+    /// Monotonic milliseconds until which layouts may be used.
+    lease_until_ms: AtomicU64,
+    lease_ms: AtomicU64,
+}
+
+/// What a [`VolumeClient`] is made of.
+#[derive(Debug)]
+pub(crate) struct ClientOptions {
+    pub(crate) volume: String,
+    pub(crate) node_name: String,
+    pub(crate) node: NodeId,
+    pub(crate) is_coordinator: bool,
+    pub(crate) op_timeout: Duration,
+    pub(crate) events: Arc<Events>,
+    pub(crate) modes: Modes,
+}
+
+/// Milliseconds of CLOCK_BOOTTIME, which goes on while the machine sleeps: a lease does not outlive a suspend.
+pub(crate) fn now_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
+    let millis = u64::try_from(now.tv_nsec).unwrap_or(0) / 1_000_000;
+    seconds * 1000 + millis
+}
+
+impl VolumeClient {
+    pub(crate) fn new(options: ClientOptions) -> VolumeClient {
+        VolumeClient {
+            volume: options.volume,
+            node_name: options.node_name,
+            node: options.node,
+            chan: Channel::new(options.op_timeout),
+            inodes: InodeTable::new(),
+            modes: options.modes,
+            counts: Counts::default(),
+            bufs: BufPool::default(),
+            events: options.events,
+            locks: HeldLocks::default(),
+            handles: Mutex::new(HashMap::new()),
+            facts: RwLock::new(SessionFacts::default()),
+            smb: RwLock::new(None),
+            is_coordinator: options.is_coordinator,
+            op_timeout: options.op_timeout,
+            next_handle: AtomicU64::new(1),
+            lease_until_ms: AtomicU64::new(0),
+            lease_ms: AtomicU64::new(0),
+        }
+    }
+
+    /// May layouts be used now?
+    pub(crate) fn lease_alive(&self) -> bool {
+        now_ms() < self.lease_until_ms.load(Ordering::Acquire)
+    }
+
+    /// The coordinator answered a message that was sent at `sent_ms`.
+    pub(crate) fn renew_lease(&self, sent_ms: u64) {
+        let until = sent_ms + self.lease_ms.load(Ordering::Acquire);
+        self.lease_until_ms.fetch_max(until, Ordering::AcqRel);
+    }
+
+    /// Everything is revoked, or the lease is known to be over.
+    pub(crate) fn end_lease(&self) {
+        self.lease_until_ms.store(0, Ordering::Release);
+    }
+
+    pub(crate) fn set_lease_ms(&self, lease_ms: u64) {
+        self.lease_ms.store(lease_ms, Ordering::Release);
+    }
+
+    /// A number for a new open file.
+    pub(crate) fn new_handle(&self) -> u64 {
+        self.next_handle.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Sends what a layout cache wants to give back.
+    pub(crate) fn send_returns(&self, inode: &inode::Inode, returns: &[csv_layout::cache::Return]) {
+        for back in returns {
+            let mtime = inode.io.lock().wrote_at.take();
+            self.send_return(inode.file, back, mtime);
+        }
+    }
+
+    /// As `send_returns`, for callers that hold the inode's lock.
+    pub(crate) fn send_return(
+        &self,
+        file: FileId,
+        back: &csv_layout::cache::Return,
+        mtime: Option<proto::Time>,
+    ) {
+        count(&self.counts.layouts_recalled, 1);
+        self.chan.post(Out::LayoutReturn(proto::LayoutReturn {
+            file: Some(file.into()),
+            offset: back.range.start,
+            end: back.range.end,
+            up_to_seq: back.up_to_seq,
+            recall_id: back.recall_id,
+            size: back.size,
+            mtime,
+        }));
+    }
+
+    /// The SMB pool.
+    pub(crate) fn smb_pool(&self) -> Result<Arc<SmbPool>, Errno> {
+        self.smb.read().clone().ok_or(Errno::IO)
+    }
+
+    /// The kernel forgot an inode: what is held of its layout goes back.
+    pub(crate) fn forgotten(&self, inode: &inode::Inode) {
+        let mut returns = Vec::new();
+        let mut io = inode.io.lock();
+        io.cache.invalidate_all(&mut returns);
+        let mtime = io.wrote_at.take();
+        for back in &returns {
+            self.send_return(inode.file, back, mtime);
+        }
+    }
+
+    /// I/O counts for `csvctl volume state`.
+    pub(crate) fn io_counts(&self) -> IoCounts {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let c = &self.counts;
+        let smb_bytes = self.smb.read().as_ref().map_or(0, |pool| pool.bytes_moved());
+        IoCounts {
+            direct_reads: get(&c.direct_reads),
+            direct_writes: get(&c.direct_writes),
+            direct_read_bytes: get(&c.direct_read_bytes),
+            direct_write_bytes: get(&c.direct_write_bytes),
+            block_reads: get(&c.block_reads),
+            block_writes: get(&c.block_writes),
+            fs_reads: get(&c.fs_reads),
+            fs_writes: get(&c.fs_writes),
+            control_reads: get(&c.control_reads),
+            control_writes: get(&c.control_writes),
+            control_bytes: get(&c.control_bytes),
+            smb_bytes,
+            control_calls: get(&self.chan.calls),
+            layouts_granted: get(&c.layouts_granted),
+            layouts_recalled: get(&c.layouts_recalled),
+            open_files: self.handles.lock().len() as u64,
+        }
+    }
+}
+
+/// The time now as the protocol writes it.
+pub(crate) fn proto_now() -> proto::Time {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    proto::Time { s: now.tv_sec, ns: u32::try_from(now.tv_nsec).unwrap_or(0) }
+}

@@ -1,0 +1,546 @@
+//! The request pump: one thread that reads every FUSE request, answers the data path itself, and hands the rest on.
+//!
+//! For each READ or WRITE that a held layout allows, in direct mode, on one extent:
+//! * while nothing else waits, the I/O is done in line (a blocking pread costs less than anything asynchronous);
+//! * as soon as something else waits or is in flight, it goes to io_uring, and the reply goes out on completion.
+//!
+//! Everything else: data that needs more thought goes to a pool of threads that may block; locks to a pool of
+//! their own, since a blocking lock waits for as long as it likes; FORGET and INTERRUPT are done on the spot; all
+//! other requests go to fuser over a socket pair. So nothing that waits for the coordinator ever stands in the way
+//! of direct I/O.
+//!
+//! One outstanding invariant: a request has exactly one reply. It is owned by the pump (`Hot`), by a pool job, or
+//! by fuser, never by two of them.
+
+use super::abi;
+use super::device::{Device, IO_BYTES_MAX};
+use super::hidden::Hidden;
+use crate::client::VolumeClient;
+use crate::client::channel::Caller;
+use crate::client::data::WriteAt;
+use crate::client::inode::Inode;
+use crate::client::count;
+use crate::pool::Pool;
+use abi::{InHeader, IoIn, LkIn};
+use csv_layout::cache::{IoToken, Outcome, Segment};
+use csv_lun::{AlignedBuf, Lun, LunError, Ring, RingIo};
+use csv_types::admin::PathFault;
+use csv_types::{ByteRange, LunOffset};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use std::io::IoSlice;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// I/Os in flight at once, at most.
+const RING_ENTRIES: u32 = 256;
+/// Requests taken before completions are looked at again.
+const BATCH: usize = 64;
+
+/// A read or write that the held layout allows.
+#[derive(Debug)]
+struct Hot {
+    unique: u64,
+    caller: Caller,
+    inode: Arc<Inode>,
+    token: IoToken,
+    place: LunOffset,
+    /// Whole LUN blocks to move.
+    block_len: usize,
+    /// Where the asked bytes begin in the buffer, and how many they are.
+    skip: usize,
+    len: usize,
+    offset: u64,
+    write: bool,
+    buf: AlignedBuf,
+}
+
+/// What the pump works with; see the module.
+#[derive(Debug)]
+pub(crate) struct Pump {
+    device: Arc<Device>,
+    client: Arc<VolumeClient>,
+    hidden: Arc<Hidden>,
+    /// Our end of fuser's socket pair.
+    fuser: Arc<OwnedFd>,
+    io_pool: Pool,
+    lock_pool: Pool,
+    lun: Option<Arc<Lun>>,
+    ring: Option<Ring>,
+    jobs: Vec<Option<Hot>>,
+    free_jobs: Vec<usize>,
+    done: Vec<RingIo>,
+    segments: Vec<Segment>,
+    /// The inode of the last request: most I/O comes in runs.
+    last: Option<Arc<Inode>>,
+    deferred: Option<Hot>,
+}
+
+impl Pump {
+    pub(crate) fn new(
+        device: Arc<Device>,
+        client: Arc<VolumeClient>,
+        hidden: Arc<Hidden>,
+        fuser: Arc<OwnedFd>,
+    ) -> Pump {
+        Pump {
+            lun: client.modes.lun(),
+            device,
+            client,
+            hidden,
+            fuser,
+            io_pool: Pool::new("csvfs-io", 128),
+            lock_pool: Pool::new("csvfs-lock", 1024),
+            ring: None,
+            jobs: (0..RING_ENTRIES).map(|_| None).collect(),
+            free_jobs: (0..RING_ENTRIES as usize).rev().collect(),
+            done: Vec::new(),
+            segments: Vec::new(),
+            last: None,
+            deferred: None,
+        }
+    }
+
+    /// Runs until the connection is over.
+    pub(crate) fn run(mut self) {
+        if let Some(lun) = &self.lun {
+            match Ring::new(lun.clone(), RING_ENTRIES) {
+                Ok(ring) => self.ring = Some(ring),
+                Err(error) => tracing::warn!(%error, "no io_uring: direct I/O is slower than it could be"),
+            }
+        }
+        let mut head = [0; abi::WRITE_HEAD_BYTES];
+        let mut payload = self.new_payload();
+        loop {
+            let mut busy = false;
+            for _ in 0..BATCH {
+                match self.device.receive(&mut head, &mut payload[..IO_BYTES_MAX]) {
+                    Ok(size) => {
+                        busy = true;
+                        self.start_deferred_async();
+                        self.request(&head, &mut payload, size);
+                    }
+                    Err(Errno::AGAIN) => {
+                        busy |= self.start_deferred();
+                        break;
+                    }
+                    // The request was taken back before we had it.
+                    Err(Errno::INTR | Errno::NOENT) => {}
+                    Err(error) => return self.over(error),
+                }
+            }
+            self.start_deferred_async();
+            busy |= self.complete();
+            if !busy {
+                self.sleep();
+            }
+        }
+    }
+
+    fn over(&mut self, error: Errno) {
+        if error != Errno::NODEV {
+            tracing::error!(%error, "reading /dev/fuse failed; the mount ends");
+        }
+        while self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
+            if let Some(ring) = &mut self.ring {
+                let _ = ring.wait();
+            }
+            self.complete();
+        }
+    }
+
+    fn new_payload(&self) -> AlignedBuf {
+        self.client.bufs.take(IO_BYTES_MAX)
+    }
+
+    fn sleep(&self) {
+        let mut fds = vec![PollFd::new(&self.device, PollFlags::IN)];
+        if let Some(ring) = self.ring.as_ref().filter(|ring| ring.in_flight() > 0) {
+            fds.push(PollFd::from_borrowed_fd(ring.as_fd(), PollFlags::IN));
+        }
+        let _ = poll(&mut fds, None);
+    }
+
+    fn request(&mut self, head: &[u8], payload: &mut AlignedBuf, size: usize) {
+        let Some(header) = InHeader::parse(head) else { return };
+        let body = &head[abi::IN_HEADER_BYTES..];
+        match header.opcode {
+            abi::READ => match IoIn::parse(body) {
+                Some(io) => self.read(&header, io),
+                None => self.device.error(header.unique, Errno::INVAL),
+            },
+            abi::WRITE => match IoIn::parse(body) {
+                Some(io) => self.write(&header, io, payload),
+                None => self.device.error(header.unique, Errno::INVAL),
+            },
+            abi::GETLK | abi::SETLK | abi::SETLKW => {
+                let mut whole = body.to_vec();
+                whole.extend_from_slice(&payload[..size.saturating_sub(abi::WRITE_HEAD_BYTES)]);
+                match LkIn::parse(&whole) {
+                    Some(lock) => self.lock(&header, lock),
+                    None => self.device.error(header.unique, Errno::INVAL),
+                }
+            }
+            abi::INTERRUPT => {
+                if let Some(victim) = abi::interrupted(body) {
+                    self.client.chan.interrupt(victim);
+                }
+            }
+            abi::FORGET => {
+                if let Some(references) = abi::forget_count(body) {
+                    self.forget(header.nodeid, references);
+                }
+            }
+            abi::BATCH_FORGET => {
+                let mut whole = body.to_vec();
+                whole.extend_from_slice(&payload[..size.saturating_sub(abi::WRITE_HEAD_BYTES)]);
+                for (nodeid, references) in abi::batch_forget(&whole) {
+                    self.forget(nodeid, references);
+                }
+            }
+            _ => self.hand_on(&header, head, payload, size),
+        }
+    }
+
+    fn hand_on(&self, header: &InHeader, head: &[u8], payload: &AlignedBuf, size: usize) {
+        let in_head = size.min(head.len());
+        let parts = [IoSlice::new(&head[..in_head]), IoSlice::new(&payload[..size - in_head])];
+        let sent = sendmsg(&self.fuser, &parts, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL);
+        if let Err(error) = sent {
+            tracing::error!(%error, opcode = header.opcode, "a request could not be handed on");
+            self.device.error(header.unique, Errno::IO);
+        }
+    }
+
+    fn forget(&mut self, nodeid: u64, references: u64) {
+        if let Some(inode) = self.client.inodes.forget(nodeid, references) {
+            self.client.forgotten(&inode);
+            if self.last.as_ref().is_some_and(|last| last.nodeid == nodeid) {
+                self.last = None;
+            }
+        }
+    }
+
+    fn inode(&mut self, nodeid: u64) -> Option<Arc<Inode>> {
+        if let Some(last) = &self.last
+            && last.nodeid == nodeid
+        {
+            return Some(last.clone());
+        }
+        let inode = self.client.inodes.get(nodeid)?;
+        self.last = Some(inode.clone());
+        Some(inode)
+    }
+
+    /// The LUN when data may go straight to it now.
+    fn direct_lun(&self) -> Option<&Arc<Lun>> {
+        if !self.client.modes.is_direct() || !self.client.lease_alive() {
+            return None;
+        }
+        // With a fault injected the blocking way has to show it.
+        self.lun.as_ref().filter(|lun| lun.fault() == PathFault::Heal)
+    }
+
+    fn read(&mut self, header: &InHeader, io: IoIn) {
+        if Hidden::owns(header.nodeid) {
+            return self.hidden_read(header, io);
+        }
+        let Some(inode) = self.inode(header.nodeid) else {
+            return self.device.error(header.unique, Errno::STALE);
+        };
+        match self.hot_read(header, io, &inode) {
+            Some(hot) => self.deferred = Some(hot),
+            None => self.slow_read(caller(header), inode, io.offset, io.size as usize),
+        }
+    }
+
+    fn hot_read(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
+        let block = u64::from(self.direct_lun()?.logical_block_bytes());
+        self.segments.clear();
+        let range = ByteRange::at(io.offset, u64::from(io.size));
+        let outcome = inode.io.lock().cache.begin_read(range, &mut self.segments);
+        let token = match outcome {
+            Outcome::Hit(token) => token,
+            Outcome::HitRmw(token) => {
+                self.client.end_io(inode, token, false);
+                return None;
+            }
+            Outcome::Busy | Outcome::Miss => return None,
+        };
+        let placed = match self.segments.as_slice() {
+            [segment] => segment.lun_offset.and_then(|place| span(place, segment.len, block)),
+            _ => None,
+        };
+        let Some((place, block_len, skip, len)) = placed else {
+            self.client.end_io(inode, token, false);
+            return None;
+        };
+        Some(Hot {
+            unique: header.unique,
+            caller: caller(header),
+            inode: inode.clone(),
+            token,
+            place,
+            block_len,
+            skip,
+            len,
+            offset: io.offset,
+            write: false,
+            buf: self.client.bufs.take(block_len),
+        })
+    }
+
+    fn slow_read(&self, caller: Caller, inode: Arc<Inode>, offset: u64, len: usize) {
+        let (client, device) = (self.client.clone(), self.device.clone());
+        self.io_pool.run(move || match client.read(caller, &inode, offset, len) {
+            Ok(data) => device.reply(caller.request, &data),
+            Err(errno) => device.error(caller.request, errno),
+        });
+    }
+
+    fn write(&mut self, header: &InHeader, io: IoIn, payload: &mut AlignedBuf) {
+        let len = io.size as usize;
+        if len > IO_BYTES_MAX {
+            return self.device.error(header.unique, Errno::INVAL);
+        }
+        if Hidden::owns(header.nodeid) {
+            let data = payload[..len].to_vec();
+            return self.hidden_write(header, io, data);
+        }
+        let Some(inode) = self.inode(header.nodeid) else {
+            return self.device.error(header.unique, Errno::STALE);
+        };
+        let append = io.open_flags & nix::libc::O_APPEND as u32 != 0 && io.io_flags & abi::WRITE_CACHE == 0;
+        let kill_setid = io.io_flags & abi::WRITE_KILL_SUIDGID != 0 && inode.setid.load(Ordering::Relaxed);
+        if !append && !kill_setid {
+            if let Some(mut hot) = self.hot_write(header, io, &inode) {
+                hot.buf = std::mem::replace(payload, self.new_payload());
+                self.deferred = Some(hot);
+                return;
+            }
+        }
+        let buf = std::mem::replace(payload, self.new_payload());
+        self.slow_write(caller(header), inode, buf, WriteWhat { offset: io.offset, len, append, kill_setid });
+    }
+
+    fn hot_write(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
+        let block = u64::from(self.direct_lun()?.logical_block_bytes());
+        self.segments.clear();
+        let range = ByteRange::at(io.offset, u64::from(io.size));
+        if range.start % block != 0 || range.end % block != 0 {
+            return None;
+        }
+        let outcome = inode.io.lock().cache.begin_write(range, block, &mut self.segments);
+        let token = match outcome {
+            Outcome::Hit(token) => token,
+            Outcome::HitRmw(token) => {
+                self.client.end_io(inode, token, false);
+                return None;
+            }
+            Outcome::Busy | Outcome::Miss => return None,
+        };
+        let [Segment { lun_offset: Some(place), .. }] = self.segments.as_slice() else {
+            self.client.end_io(inode, token, false);
+            return None;
+        };
+        Some(Hot {
+            unique: header.unique,
+            caller: caller(header),
+            inode: inode.clone(),
+            token,
+            place: *place,
+            block_len: io.size as usize,
+            skip: 0,
+            len: io.size as usize,
+            offset: io.offset,
+            write: true,
+            buf: AlignedBuf::new(0),
+        })
+    }
+
+    fn slow_write(&self, caller: Caller, inode: Arc<Inode>, buf: AlignedBuf, what: WriteWhat) {
+        let (client, device) = (self.client.clone(), self.device.clone());
+        self.io_pool.run(move || {
+            let write = WriteAt {
+                offset: what.offset,
+                data: &buf[..what.len],
+                append: what.append,
+                kill_setid: what.kill_setid,
+            };
+            let outcome = client.write(caller, &inode, write);
+            client.bufs.put(buf);
+            match outcome {
+                Ok(()) => {
+                    let len = u32::try_from(what.len).unwrap_or(u32::MAX);
+                    device.reply(caller.request, &abi::write_out(len));
+                }
+                Err(errno) => device.error(caller.request, errno),
+            }
+        });
+    }
+
+    /// The deferred I/O is alone: in line. True when there was one.
+    fn start_deferred(&mut self) -> bool {
+        let Some(mut hot) = self.deferred.take() else { return false };
+        if self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
+            self.push(hot);
+            return true;
+        }
+        let Some(lun) = self.lun.clone() else {
+            self.push(hot);
+            return true;
+        };
+        let result = if hot.write {
+            lun.write_at(&hot.buf, hot.block_len, hot.place)
+        } else {
+            lun.read_at(&mut hot.buf, hot.block_len, hot.place)
+        };
+        self.finish(hot, result);
+        true
+    }
+
+    /// Something else waits: the deferred I/O goes to io_uring.
+    fn start_deferred_async(&mut self) {
+        if let Some(hot) = self.deferred.take() {
+            self.push(hot);
+        }
+    }
+
+    fn push(&mut self, mut hot: Hot) {
+        let (Some(ring), Some(slot)) = (&mut self.ring, self.free_jobs.pop()) else {
+            return self.redo(hot);
+        };
+        let buf = std::mem::replace(&mut hot.buf, AlignedBuf::new(0));
+        let pushed = match hot.write {
+            true => ring.write(slot as u64, buf, hot.block_len, hot.place),
+            false => ring.read(slot as u64, buf, hot.block_len, hot.place),
+        };
+        match pushed {
+            Ok(()) => self.jobs[slot] = Some(hot),
+            Err(refused) => {
+                self.free_jobs.push(slot);
+                hot.buf = refused.buf;
+                tracing::debug!(error = %refused.error, "not taken by the ring");
+                self.redo(hot);
+            }
+        }
+    }
+
+    /// Submits what is queued and answers what is finished. True when something was.
+    fn complete(&mut self) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        if ring.in_flight() == 0 {
+            return false;
+        }
+        if let Err(error) = ring.completions(&mut self.done) {
+            tracing::error!(%error, "io_uring");
+        }
+        let mut done = std::mem::take(&mut self.done);
+        let any = !done.is_empty();
+        for io in done.drain(..) {
+            let slot = usize::try_from(io.token).unwrap_or(usize::MAX);
+            if let Some(mut hot) = self.jobs.get_mut(slot).and_then(Option::take) {
+                self.free_jobs.push(slot);
+                hot.buf = io.buf;
+                self.finish(hot, io.result);
+            }
+        }
+        self.done = done;
+        any
+    }
+
+    fn finish(&mut self, hot: Hot, result: Result<(), LunError>) {
+        let counts = &self.client.counts;
+        match result {
+            Ok(()) if hot.write => {
+                self.client.end_io(&hot.inode, hot.token, true);
+                let len = u32::try_from(hot.len).unwrap_or(u32::MAX);
+                self.device.reply(hot.unique, &abi::write_out(len));
+                count(&counts.direct_writes, 1);
+                count(&counts.direct_write_bytes, hot.len as u64);
+                self.client.bufs.put(hot.buf);
+            }
+            Ok(()) => {
+                self.client.end_io(&hot.inode, hot.token, false);
+                self.device.reply(hot.unique, &hot.buf[hot.skip..hot.skip + hot.len]);
+                count(&counts.direct_reads, 1);
+                count(&counts.direct_read_bytes, hot.len as u64);
+                self.client.bufs.put(hot.buf);
+            }
+            Err(error) => {
+                if self.client.direct_failed(&error).is_err() {
+                    self.client.end_io(&hot.inode, hot.token, false);
+                    self.device.error(hot.unique, Errno::IO);
+                    return;
+                }
+                self.redo(hot);
+            }
+        }
+    }
+
+    /// Gives a hot I/O to the blocking way, which finds out what there is to do.
+    fn redo(&self, hot: Hot) {
+        self.client.end_io(&hot.inode, hot.token, false);
+        if hot.write {
+            let what = WriteWhat { offset: hot.offset, len: hot.len, append: false, kill_setid: false };
+            self.slow_write(hot.caller, hot.inode, hot.buf, what);
+        } else {
+            self.slow_read(hot.caller, hot.inode, hot.offset, hot.len);
+            self.client.bufs.put(hot.buf);
+        }
+    }
+
+    fn hidden_read(&self, header: &InHeader, io: IoIn) {
+        let (hidden, device) = (self.hidden.clone(), self.device.clone());
+        let (nodeid, unique) = (header.nodeid, header.unique);
+        self.io_pool.run(move || match hidden.read(nodeid, io.offset, io.size as usize) {
+            Ok(data) => device.reply(unique, &data),
+            Err(errno) => device.error(unique, errno),
+        });
+    }
+
+    fn hidden_write(&self, header: &InHeader, io: IoIn, data: Vec<u8>) {
+        let (hidden, device) = (self.hidden.clone(), self.device.clone());
+        let (nodeid, unique) = (header.nodeid, header.unique);
+        self.io_pool.run(move || match hidden.write(nodeid, io.offset, &data) {
+            Ok(()) => device.reply(unique, &abi::write_out(io.size)),
+            Err(errno) => device.error(unique, errno),
+        });
+    }
+
+    fn lock(&mut self, header: &InHeader, lock: LkIn) {
+        let Some(inode) = self.inode(header.nodeid) else {
+            return self.device.error(header.unique, Errno::STALE);
+        };
+        let (client, device) = (self.client.clone(), self.device.clone());
+        let (caller, opcode) = (caller(header), header.opcode);
+        self.lock_pool.run(move || match super::locks::run(&client, caller, &inode, opcode, lock) {
+            Ok(reply) => device.reply(caller.request, &reply),
+            Err(errno) => device.error(caller.request, errno),
+        });
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+struct WriteWhat {
+    offset: u64,
+    len: usize,
+    append: bool,
+    kill_setid: bool,
+}
+
+fn caller(header: &InHeader) -> Caller {
+    Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask: 0 }
+}
+
+/// Whole blocks around `len` bytes at `place`: where they begin, how many bytes, where the asked ones begin in
+/// them, and how many those are. `None` when it does not fit one I/O.
+fn span(place: LunOffset, len: u64, block: u64) -> Option<(LunOffset, usize, usize, usize)> {
+    let wide = ByteRange::at(place.0, len).align_out(block);
+    let block_len = usize::try_from(wide.len()).ok()?;
+    let skip = usize::try_from(place.0 - wide.start).ok()?;
+    Some((LunOffset(wide.start), block_len, skip, usize::try_from(len).ok()?))
+}
+
