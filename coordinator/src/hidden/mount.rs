@@ -140,8 +140,8 @@ pub enum MountError {
 }
 
 impl HiddenFs {
-    /// Mounts the file system of `device`. With `read_only` nothing is written to the LUN, except that XFS
-    /// recovers a dirty log when the device itself can be written.
+    /// Mounts the file system of `device`. With `read_only` ext4 writes nothing to the LUN; XFS recovers a
+    /// dirty log and stamps its superblock all the same, unless the device itself cannot be written.
     ///
     /// # Errors
     /// See [`MountError`]. Nothing stays mounted.

@@ -83,7 +83,13 @@ impl HiddenFs {
         if range.end > i64::MAX.cast_unsigned() {
             return Err(Errno::FBIG);
         }
-        let gaps = gaps_of(&extents_of(&fd, range, true)?, range);
+        let mut raw = extents_of(&fd, range, true)?;
+        if raw.iter().any(|extent| extent.flags & sys::EXTENT_DATA_INLINE != 0) {
+            // Data inside the inode moves out when the file gets blocks; only then are there gaps to see.
+            self.fallocate(file, FallocateFlags::KEEP_SIZE.bits(), range.start, range.len())?;
+            raw = extents_of(&fd, range, true)?;
+        }
+        let gaps = gaps_of(&raw, range);
         if !gaps.is_empty() {
             let size = u64::try_from(rustix::fs::fstat(&fd)?.st_size).map_err(|_| Errno::IO)?;
             let mtime = keep_mtime(&fd)?;
