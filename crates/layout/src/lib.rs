@@ -4,6 +4,12 @@
 pub mod cache;
 pub mod table;
 
+mod mutation;
+mod rights;
+
+#[cfg(test)]
+mod model;
+
 use csv_types::LunOffset;
 
 /// What a grant allows.
@@ -40,6 +46,6 @@ impl Extent {
     /// One past the last byte in the file.
     #[must_use]
     pub fn end(&self) -> u64 {
-        self.file_offset + self.len
+        self.file_offset.saturating_add(self.len)
     }
 }
