@@ -21,6 +21,8 @@ pub(crate) struct Geometry {
     pub(crate) logical_block_bytes: u32,
     pub(crate) memory_align: u32,
     pub(crate) is_block_device: bool,
+    /// The device itself takes no writes.
+    pub(crate) write_protected: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +74,7 @@ pub(crate) fn read_geometry(fd: BorrowedFd<'_>) -> Result<Geometry, GeometryErro
         logical_block_bytes,
         memory_align,
         is_block_device,
+        write_protected: is_block_device && write_protected(&stat),
     })
 }
 
@@ -89,4 +92,10 @@ fn dma_alignment(stat: &Statx) -> Option<u32> {
         .or_else(|_| fs::read_to_string(format!("{device}/../queue/dma_alignment")))
         .ok()?;
     text.trim().parse::<u32>().ok()?.checked_add(1)
+}
+
+/// From sysfs; a kernel that does not tell refuses the write itself.
+fn write_protected(stat: &Statx) -> bool {
+    let path = format!("/sys/dev/block/{}:{}/ro", stat.stx_rdev_major, stat.stx_rdev_minor);
+    fs::read_to_string(path).is_ok_and(|text| text.trim() == "1")
 }

@@ -14,28 +14,38 @@ pub(crate) fn lun_file(len: u64) -> NamedTempFile {
 /// A loop device on a file of its own; detached when dropped, also by a panic.
 pub(crate) struct LoopDevice {
     path: PathBuf,
-    _backing: NamedTempFile,
+    backing: NamedTempFile,
 }
 
 impl LoopDevice {
     /// `None` when not run as root: the tests that need a block device cannot run then.
     pub(crate) fn new(len: u64, sector_bytes: u32) -> Option<LoopDevice> {
+        LoopDevice::with_args(len, &["--sector-size", &sector_bytes.to_string()])
+    }
+
+    /// With further arguments to losetup.
+    pub(crate) fn with_args(len: u64, args: &[&str]) -> Option<LoopDevice> {
         if !rustix::process::geteuid().is_root() {
             return None;
         }
         let backing = lun_file(len);
         let output = Command::new("losetup")
-            .args(["--find", "--show", "--direct-io=on", "--sector-size", &sector_bytes.to_string()])
+            .args(["--find", "--show", "--direct-io=on"])
+            .args(args)
             .arg(backing.path())
             .output()
             .unwrap();
         assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
         let path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        Some(LoopDevice { path, _backing: backing })
+        Some(LoopDevice { path, backing })
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    pub(crate) fn backing(&self) -> &Path {
+        self.backing.path()
     }
 }
 
@@ -46,4 +56,37 @@ impl Drop for LoopDevice {
             panic!("losetup could not detach {}", self.path.display());
         }
     }
+}
+
+/// A temporary mount; unmounted when dropped, also by a panic.
+pub(crate) struct Mounted {
+    point: tempfile::TempDir,
+}
+
+impl Mounted {
+    pub(crate) fn new(device: &Path) -> Mounted {
+        let point = tempfile::tempdir().unwrap();
+        let status = Command::new("mount").arg(device).arg(point.path()).status().unwrap();
+        assert!(status.success(), "mount {}", device.display());
+        Mounted { point }
+    }
+
+    pub(crate) fn point(&self) -> &Path {
+        self.point.path()
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let status = Command::new("umount").arg(self.point.path()).status();
+        if !status.is_ok_and(|status| status.success()) && !std::thread::panicking() {
+            panic!("umount {} failed", self.point.path().display());
+        }
+    }
+}
+
+/// Runs a program to its end; it must succeed.
+pub(crate) fn run(program: &str, args: &[&str], path: &Path) {
+    let output = Command::new(program).args(args).arg(path).output().unwrap();
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
 }

@@ -2,7 +2,7 @@
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use rustix::ioctl::{Opcode, Setter, Updater, ioctl, opcode};
+use rustix::ioctl::{NoArg, Opcode, Setter, Updater, ioctl, opcode};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -126,6 +126,18 @@ pub fn block_device_bytes(device: impl AsFd) -> rustix::io::Result<u64> {
     Ok(bytes)
 }
 
+/// `BLKFLSBUF`.
+const BLKFLSBUF_OPCODE: Opcode = opcode::none(0x12, 97);
+
+/// Writes a block device's dirty page cache back and drops what is clean. Needs `CAP_SYS_ADMIN`.
+///
+/// # Errors
+/// The kernel's errno.
+pub fn drop_block_device_cache(device: impl AsFd) -> rustix::io::Result<()> {
+    // SAFETY: the number is BLKFLSBUF, which takes no argument.
+    unsafe { ioctl(device, NoArg::<BLKFLSBUF_OPCODE>::new()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -136,6 +148,7 @@ mod tests {
         assert_eq!(SHUTDOWN_OPCODE, 0x8004_587d);
         assert_eq!(GETVERSION_OPCODE, 0x8008_7601);
         assert_eq!(BLKGETSIZE64_OPCODE, 0x8008_1272);
+        assert_eq!(BLKFLSBUF_OPCODE, 0x1261);
     }
 
     #[test]

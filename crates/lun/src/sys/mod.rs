@@ -14,6 +14,6 @@ pub use fiemap::{
 };
 pub use fs::{
     CacheStat, SHUTDOWN_DEFAULT, SHUTDOWN_LOGFLUSH, SHUTDOWN_NOLOGFLUSH, block_device_bytes, cachestat,
-    fallocate_write_zeroes, fs_shutdown, inode_generation,
+    drop_block_device_cache, fallocate_write_zeroes, fs_shutdown, inode_generation,
 };
 pub use handle::{HANDLE_BYTES_MAX, name_to_handle, open_by_handle};
