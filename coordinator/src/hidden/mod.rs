@@ -41,7 +41,7 @@ use csv_types::FileId;
 use fdcache::FdCache;
 use orphans::OrphanSet;
 use parking_lot::Mutex;
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 use rustix::io::Errno;
 use std::ffi::CString;
 use std::io;
@@ -55,7 +55,7 @@ pub type Result<T> = std::result::Result<T, Errno>;
 /// Name of the directory in the root that only csvfs sees.
 pub const INTERNAL_NAME: &[u8] = b".csvfs";
 
-/// Open descriptors kept for data operations.
+/// Open descriptors kept for data operations; never more than half of what the process may have.
 const FD_CACHE_MAX: usize = 1024;
 /// Appends to one file exclude each other; files share this many locks.
 const APPEND_LOCKS: usize = 64;
@@ -183,10 +183,15 @@ impl HiddenFs {
 /// ftruncate say.
 fn require_regular(fd: impl AsFd) -> Result<()> {
     let stat = rustix::fs::fstat(fd)?;
-    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
-        rustix::fs::FileType::RegularFile => Ok(()),
-        rustix::fs::FileType::Directory => Err(Errno::ISDIR),
-        _ => Err(Errno::INVAL),
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Ok(()),
+        FileType::Directory => Err(Errno::ISDIR),
+        FileType::Symlink
+        | FileType::Fifo
+        | FileType::Socket
+        | FileType::CharacterDevice
+        | FileType::BlockDevice
+        | FileType::Unknown => Err(Errno::INVAL),
     }
 }
 

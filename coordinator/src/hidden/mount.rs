@@ -93,7 +93,7 @@ pub enum MountError {
     },
     /// No such file system there, or one with options that this cannot serve.
     #[error(
-        "{device} holds no {kind} file system that this kernel can mount: check the LUN, or format it {log}"
+        "{device} holds no {kind} file system that this kernel can mount: read the kernel log, check the LUN, or format it {log}"
     )]
     NotFormatted {
         /// The path.
@@ -171,7 +171,7 @@ impl HiddenFs {
             orphans_dir: FileId::default(),
             block_bytes,
             read_only,
-            fds: Mutex::new(FdCache::new(FD_CACHE_MAX)),
+            fds: Mutex::new(FdCache::new(fd_cache_max())),
             orphans: Mutex::new(OrphanSet::default()),
             append_locks: (0..APPEND_LOCKS).map(|_| Mutex::new(())).collect(),
             no_write_zeroes: AtomicBool::new(false),
@@ -215,6 +215,13 @@ impl HiddenFs {
 
 fn csv_file_id(file: csv_proto::FileId) -> FileId {
     FileId { ino: file.ino, generation: file.generation }
+}
+
+/// The sessions, the LUN and the requests in flight need descriptors as well.
+fn fd_cache_max() -> usize {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let half = limit.map_or(usize::MAX, |limit| usize::try_from(limit / 2).unwrap_or(usize::MAX));
+    half.min(FD_CACHE_MAX)
 }
 
 /// What can be told before the kernel is asked, which would only say EBUSY or EINVAL.

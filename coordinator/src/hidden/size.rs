@@ -7,7 +7,8 @@
 //! harmless.
 
 use super::attr::keep_mtime;
-use super::{HiddenFs, Result, proc_path};
+use super::{HiddenFs, Result, errno, proc_path};
+use csv_lun::sys;
 use csv_types::FileId;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
@@ -52,6 +53,7 @@ impl HiddenFs {
     /// As ftruncate and setxattr; the noted size is kept then.
     pub fn settle_size(&self, file: FileId, size: u64) -> Result<()> {
         let fd = self.data_fd(file)?;
+        self.no_stale_tail(file, &fd, size)?;
         let mtime = keep_mtime(&fd)?;
         // A crash between cut and removal must settle at the new size, not at an older one.
         if Self::logical_size_of(&fd)?.is_some_and(|noted| noted != size) {
@@ -73,10 +75,22 @@ impl HiddenFs {
         let fd = self.data_fd(file)?;
         let noted = Self::logical_size_of(&fd)?.is_some();
         if noted {
+            self.no_stale_tail(file, &fd, size)?;
             rustix::fs::fsetxattr(&fd, NAME, &size.to_le_bytes(), XattrFlags::empty())?;
         }
         rustix::fs::ftruncate(&fd, size).map_err(super::data::read_only_fd)?;
         if noted { rustix::fs::fremovexattr(&fd, NAME) } else { Ok(()) }
+    }
+
+    /// A cut inside a block zeroes the rest of it through the page cache. A page from before the space was lent would
+    /// put old data back there, so none may be left.
+    fn no_stale_tail(&self, file: FileId, fd: &OwnedFd, size: u64) -> Result<()> {
+        let block = u64::from(self.block_bytes);
+        if size.is_multiple_of(block) {
+            return Ok(());
+        }
+        let tail = sys::cachestat(fd, size - size % block, block).map_err(errno)?;
+        if tail.cached_pages == 0 { Ok(()) } else { self.drop_cache(file) }
     }
 
     /// As `logical_size`, of an open file (`O_PATH` too).

@@ -73,7 +73,8 @@ impl HiddenFs {
 
     /// Makes every byte of `range` (rounded out to blocks) allocated and written: holes and unwritten pieces become
     /// zeros, what is written is not touched. Then the allocation is made durable. The size on disk grows to
-    /// the end of the range; note the logical size before. The modification time stays.
+    /// the end of the range (never shrinks); note the logical size before. The modification time stays. Pages of
+    /// the old last block may be in the cache afterwards: `drop_cache` before lending.
     ///
     /// # Errors
     /// ENOSPC, EFBIG, EDQUOT: data is intact, what was allocated is given back. EIO: the LUN failed.
@@ -90,13 +91,16 @@ impl HiddenFs {
             raw = extents_of(&fd, range, true)?;
         }
         let gaps = gaps_of(&raw, range);
-        if !gaps.is_empty() {
-            let size = u64::try_from(rustix::fs::fstat(&fd)?.st_size).map_err(|_| Errno::IO)?;
+        let size = u64::try_from(rustix::fs::fstat(&fd)?.st_size).map_err(|_| Errno::IO)?;
+        if !gaps.is_empty() || size < range.end {
             let mtime = keep_mtime(&fd)?;
-            let filled = self.fill(file, &fd, &gaps);
+            // The size moves also where the last block is there already: what a node writes behind a size that
+            // stayed would be zeroed by the file system when the size moves later.
+            let filled = self.fill(file, &fd, &gaps).and_then(|()| grow(&fd, range.end));
             if let Err(errno) = filled {
                 give_back(&fd, &gaps, size);
-                rustix::fs::futimens(&fd, &mtime)?;
+                // The failure to report is the first one.
+                let _mtime_kept = rustix::fs::futimens(&fd, &mtime);
                 return Err(errno);
             }
             rustix::fs::futimens(&fd, &mtime)?;
@@ -120,6 +124,11 @@ impl HiddenFs {
         }
         Ok(())
     }
+}
+
+fn grow(fd: &OwnedFd, size: u64) -> Result<()> {
+    let now = u64::try_from(rustix::fs::fstat(fd)?.st_size).map_err(|_| Errno::IO)?;
+    if now < size { rustix::fs::ftruncate(fd, size).map_err(read_only_fd) } else { Ok(()) }
 }
 
 fn write_zeros(fd: &OwnedFd, range: ByteRange) -> Result<()> {

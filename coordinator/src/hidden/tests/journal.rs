@@ -61,6 +61,41 @@ fn a_crash_keeps_the_logical_size_and_what_was_written_under_the_grant() {
     });
 }
 
+/// The last block of a file is there and written, only its size ends inside: the other node's data behind that
+/// must not be taken for the rubbish behind an end of file.
+#[test]
+fn what_is_written_behind_the_end_in_the_last_block_stays() {
+    on_each_fs(|rig| {
+        let fs = rig.fs();
+        let file = rig.file(b"f");
+        fs.write(file, 0, &pattern(1, 5000)).unwrap();
+        fs.set_logical_size(file, 5000).unwrap();
+        fs.make_written(file, ByteRange::new(0, 8192)).unwrap();
+        fs.drop_cache(file).unwrap();
+        let place = fs.map(file, ByteRange::new(0, 8192)).unwrap()[0].lun_offset.unwrap().0;
+        assert!(rig.lun_bytes(place + 5000, 3192).iter().all(|byte| *byte == 0));
+        rig.lun.write_all_at(&[pattern(1, 5000), vec![7; 3192]].concat(), place).unwrap();
+        fs.settle_size(file, 8000).unwrap();
+        fs.drop_cache(file).unwrap();
+        assert!(fs.read(file, 0, 9000).unwrap() == [pattern(1, 5000), vec![7; 3000]].concat());
+    });
+}
+
+#[test]
+fn a_page_from_before_the_grant_does_not_come_back_when_the_size_settles() {
+    on_each_fs(|rig| {
+        let fs = rig.fs();
+        let file = rig.file(b"f");
+        fs.set_logical_size(file, 0).unwrap();
+        fs.make_written(file, ByteRange::new(0, MIB)).unwrap();
+        assert_eq!(fs.read(file, 0, 8192).unwrap(), [0; 8192]);
+        let place = fs.map(file, ByteRange::new(0, 8192)).unwrap()[0].lun_offset.unwrap().0;
+        rig.lun.write_all_at(&[7; 8192], place).unwrap();
+        fs.settle_size(file, 6000).unwrap();
+        assert_eq!(fs.read(file, 0, 9000).unwrap(), [7; 6000]);
+    });
+}
+
 #[test]
 fn what_make_written_returned_survives_a_crash() {
     on_each_fs(|rig| {

@@ -44,7 +44,7 @@ fn a_read_only_mount_changes_nothing() {
         rig.fs().write(file, 0, b"text").unwrap();
         rig.unmount();
         let before = rig.lun_bytes(0, 64 << 20);
-        let fs = HiddenFs::mount(&rig.device, rig.kind, true).unwrap();
+        let fs = rig.try_mount(true).unwrap();
         assert_eq!(fs.read(file, 0, 10).unwrap(), b"text");
         assert_eq!(fs.create(fs.root(), b"x", 0o644, 0).unwrap_err(), Errno::ROFS);
         assert_eq!(fs.write(file, 0, b"x").unwrap_err(), Errno::PERM);
@@ -64,7 +64,7 @@ fn a_volume_without_our_directory_can_be_read() {
     }
     for kind in [FsKind::Ext4, FsKind::Xfs] {
         let rig = Rig::formatted(kind, &[]);
-        let fs = HiddenFs::mount(&rig.device, kind, true).unwrap();
+        let fs = rig.try_mount(true).unwrap();
         assert!(fs.readdir(fs.root(), 0, 4096, true).unwrap().end);
         assert_eq!(fs.attr(fs.orphans_dir()).unwrap_err(), Errno::STALE);
         assert_eq!(fs.orphans(), []);
@@ -81,7 +81,7 @@ fn a_dirty_journal_is_not_replayed_by_a_read_only_mount() {
         rig.fs().syncfs().unwrap();
         rig.fs().crash().unwrap();
         rig.unmount();
-        let error = HiddenFs::mount(&rig.device, rig.kind, true).unwrap_err();
+        let error = rig.try_mount(true).unwrap_err();
         assert!(matches!(error, MountError::NeedsRecovery { .. }), "{error}");
         rig.mount();
         assert!(rig.fs().lookup(rig.root(), b"f").is_ok());

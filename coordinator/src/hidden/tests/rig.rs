@@ -1,6 +1,6 @@
 //! A formatted loop device with its file system mounted, gone again when dropped.
 
-use crate::hidden::{FsKind, HiddenFs};
+use crate::hidden::{FsKind, HiddenFs, MountError};
 use csv_proto::{Attr, Cred};
 use csv_types::FileId;
 use std::fs::File;
@@ -8,6 +8,7 @@ use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 pub(super) const IMAGE_BYTES: u64 = 512 << 20;
 
@@ -76,7 +77,21 @@ impl Rig {
     }
 
     pub(super) fn mount(&mut self) {
-        self.fs = Some(HiddenFs::mount(&self.device, self.kind, false).unwrap());
+        self.fs = Some(self.try_mount(false).unwrap());
+    }
+
+    /// A child that another test has just forked holds our descriptors, hence the former mount, until its exec.
+    /// Nothing tells when that is.
+    pub(super) fn try_mount(&self, read_only: bool) -> Result<HiddenFs, MountError> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        loop {
+            match HiddenFs::mount(&self.device, self.kind, read_only) {
+                Err(MountError::InUseHere { .. }) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                other => return other,
+            }
+        }
     }
 
     pub(super) fn unmount(&mut self) {
