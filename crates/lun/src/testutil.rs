@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use tempfile::NamedTempFile;
 
 /// A sparse file on a file system that can do direct I/O (the source tree's; `/tmp` may be a tmpfs).
@@ -14,7 +15,7 @@ pub(crate) fn lun_file(len: u64) -> NamedTempFile {
 /// A loop device on a file of its own; detached when dropped, also by a panic.
 pub(crate) struct LoopDevice {
     path: PathBuf,
-    backing: NamedTempFile,
+    backing: Arc<NamedTempFile>,
 }
 
 impl LoopDevice {
@@ -28,7 +29,15 @@ impl LoopDevice {
         if !rustix::process::geteuid().is_root() {
             return None;
         }
-        let backing = lun_file(len);
+        Some(LoopDevice::attach(Arc::new(lun_file(len)), args))
+    }
+
+    /// Another loop device on the same file.
+    pub(crate) fn second(&self) -> LoopDevice {
+        LoopDevice::attach(Arc::clone(&self.backing), &[])
+    }
+
+    fn attach(backing: Arc<NamedTempFile>, args: &[&str]) -> LoopDevice {
         let output = Command::new("losetup")
             .args(["--find", "--show", "--direct-io=on"])
             .args(args)
@@ -37,7 +46,7 @@ impl LoopDevice {
             .unwrap();
         assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
         let path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        Some(LoopDevice { path, backing })
+        LoopDevice { path, backing }
     }
 
     pub(crate) fn path(&self) -> &Path {
