@@ -18,9 +18,11 @@
 //! * A cache that `is_empty` may be dropped only while no get for the file is under way: its memory of what was
 //!   recalled goes with it.
 //!
-//! For the coordinator: `Return::size` counts only when that node was given the end-of-file right by a grant with
-//! `seq <= up_to_seq` and nobody since; a doubled return repeats an old size. A grant with the end-of-file right is
-//! not sent while a recall of that node's right is unanswered, because its size would be out of date.
+//! For the coordinator: a return that goes to `u64::MAX` with `up_to_seq` of the grant of the end-of-file right or
+//! more gives that right back. Its `size` counts only while that node has the right, for a doubled return repeats
+//! an old size; without one the grant never arrived and the size is as it was. A grant with the right is not sent
+//! while a recall of that node's right is unanswered, because its size would be out of date. Sizes need the returns
+//! and gets of one node in the order in which they were sent; rights do not.
 
 mod flight;
 mod map;
@@ -134,8 +136,9 @@ pub struct LayoutCache {
     eof: Option<Eof>,
     /// Recalled; moved by writes in flight until the recall is answered.
     eof_leaving: Option<Eof>,
-    /// Given up; kept to answer the same recall again.
-    eof_left: Option<Eof>,
+    /// Given up, with the `up_to_seq` of the recall that took it; kept to answer that recall again. A later recall
+    /// may mean a newer right, of which nothing is known here.
+    eof_left: Option<(Eof, u64)>,
     recalls: Vec<Recalled>,
     /// Newest grant seen.
     seq_seen: u64,
@@ -172,7 +175,7 @@ impl LayoutCache {
     #[inline]
     pub fn begin_write(&mut self, range: ByteRange, block: u64, out: &mut Vec<Segment>) -> Outcome {
         out.clear();
-        let blocks = range.align_out(block);
+        let blocks = if range.is_empty() { range } else { range.align_out(block) };
         let (kind, need) = if blocks == range {
             (IoKind::Write, Access::Write)
         } else {
@@ -271,7 +274,7 @@ impl LayoutCache {
         }
         let touched = |eof: &Eof| eof.seq <= up_to_seq && eof_range(eof.right.size).overlaps(&range);
         let mut range = range;
-        let mut with_eof = self.eof_left.as_ref().is_some_and(touched);
+        let mut with_eof = self.eof_left.as_ref().is_some_and(|(eof, _)| touched(eof));
         if let Some(eof) = self.eof.or(self.eof_leaving).filter(|eof| touched(eof)) {
             let all = eof_range(eof.right.size);
             if !self.mutation.is(Mutant::CacheLosesSize) {
@@ -327,6 +330,13 @@ impl LayoutCache {
     /// Did some write complete since the last time? Then the modification time must be committed.
     pub fn take_wrote(&mut self) -> bool {
         std::mem::take(&mut self.wrote)
+    }
+
+    /// Is all of the range held with at least this access?
+    #[must_use]
+    pub fn covers(&self, range: ByteRange, access: Access) -> bool {
+        let mut segments = Vec::new();
+        self.map.segments(range, access, false, &mut segments)
     }
 
     /// I/O begun and not ended.
@@ -448,9 +458,10 @@ impl LayoutCache {
             if recall.with_eof {
                 let named = |eof: &Eof| eof.seq <= recall.up_to_seq;
                 if let Some(eof) = self.eof_leaving.take_if(|eof| named(eof)) {
-                    self.eof_left = Some(eof);
+                    self.eof_left = Some((eof, recall.up_to_seq));
                 }
-                size = self.eof_left.filter(named).map(|eof| eof.right.size);
+                let left = self.eof_left.filter(|(eof, by)| named(eof) && recall.up_to_seq <= *by);
+                size = left.map(|(eof, _)| eof.right.size);
             }
             let Recalled { recall_id, range, up_to_seq, .. } = recall;
             out.push(Return { recall_id, range, up_to_seq, size, wrote: self.take_wrote() });

@@ -73,10 +73,6 @@ impl Map {
         self.pieces.is_empty()
     }
 
-    pub(super) fn clear(&mut self) {
-        self.pieces.clear();
-    }
-
     /// Forgets all pieces that do not overlap `keep`.
     pub(super) fn keep_only(&mut self, keep: ByteRange) {
         self.pieces.retain(|piece| piece.range.overlaps(&keep));

@@ -38,7 +38,7 @@ impl World {
         if client.fenced {
             return None;
         }
-        let touches = |io: &&InFlight| io.file == file && io.range.align_out(BLOCK).overlaps(&byte);
+        let touches = |io: &&InFlight| io.file == file && io.blocks().overlaps(&byte);
         let in_flight = client.io.iter().filter(touches).map(|io| io.access).max();
         in_flight.max(client.caches[file].access_at(byte.start))
     }
@@ -75,7 +75,7 @@ impl World {
         for (i, a) in writes.iter().enumerate() {
             for b in &writes[..i] {
                 let rmw = a.access == Access::Exclusive || b.access == Access::Exclusive;
-                if rmw && a.range.align_out(BLOCK).overlaps(&b.range.align_out(BLOCK)) {
+                if rmw && a.blocks().overlaps(&b.blocks()) {
                     return Err(format!("n{node} runs {a:?} beside {b:?}"));
                 }
             }

@@ -27,11 +27,12 @@ impl World {
         let Return { recall_id, range, up_to_seq, size, .. } = answer;
         let state = &mut self.files[file];
         state.eof_recalls.remove(&recall_id);
-        if let (Some(size), Some((holder, seq))) = (size, state.eof_holder)
+        if let Some((holder, seq)) = state.eof_holder
             && holder == node
             && seq <= up_to_seq
+            && range.end == u64::MAX
         {
-            state.size = size;
+            state.size = size.unwrap_or(state.size);
             state.eof_holder = None;
         }
         let (node, file) = (node_id(node), file_id(file));

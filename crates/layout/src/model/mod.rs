@@ -19,6 +19,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 const NODES: usize = 3;
 const FILES: usize = 2;
+/// The file whose end is moved. What its clients send stays in order; all else is delivered in any order.
+const GROWING: usize = 1;
 /// Blocks that a file can get.
 const BLOCKS: u64 = 8;
 const BLOCK: u64 = 4096;
@@ -108,6 +110,23 @@ enum Kind {
     Read,
     Write,
     Rmw,
+}
+
+impl Message {
+    /// Must stay behind earlier ones of the same node.
+    fn ordered(&self) -> bool {
+        match self.body {
+            Body::Get { file, .. } | Body::Return { file, .. } => file == GROWING,
+            Body::Grant { .. } | Body::Recall { .. } => false,
+        }
+    }
+}
+
+impl InFlight {
+    /// Blocks of the LUN that are read or written.
+    fn blocks(&self) -> ByteRange {
+        if self.range.is_empty() { self.range } else { self.range.align_out(BLOCK) }
+    }
 }
 
 fn file_id(file: usize) -> FileId {
@@ -200,7 +219,11 @@ impl World {
             Kind::Write => (client.caches[file].begin_write(range, BLOCK, &mut segments), Access::Write),
             Kind::Rmw => (client.caches[file].begin_write(rmw, BLOCK, &mut segments), Access::Exclusive),
         };
-        let bytes = if kind == Kind::Write { range } else { rmw };
+        let bytes = match kind {
+            Kind::Read => ByteRange::at(rmw.start, client.caches[file].readable_len(rmw)),
+            Kind::Write => range,
+            Kind::Rmw => rmw,
+        };
         match outcome {
             Outcome::Hit(token) | Outcome::HitRmw(token) => {
                 client.io.push(InFlight { file, token, range: bytes, access });
@@ -208,12 +231,12 @@ impl World {
             }
             Outcome::Busy => {
                 let write = |io: &InFlight| io.file == file && io.access != Access::Read;
-                if !client.io.iter().any(|io| write(io) && io.range.align_out(BLOCK).overlaps(&range)) {
+                if !client.io.iter().any(|io| write(io) && io.blocks().overlaps(&range)) {
                     return Err(format!("busy without cause: n{node} file {file} {range}"));
                 }
             }
             Outcome::Miss => {
-                let extend = kind != Kind::Read && range.end > floor(self.files[file].size);
+                let extend = file == GROWING && kind != Kind::Read && range.end > floor(self.files[file].size);
                 self.send(node, Body::Get { file, range, access, extend });
             }
         }
@@ -276,6 +299,15 @@ impl World {
     }
 
     // ---- network ---------------------------------------------------------------------------------------------
+
+    /// Delivers a message; in its place an earlier one that it must not overtake.
+    fn deliver_any(&mut self, which: usize) {
+        let picked = &self.net[which];
+        let first = |m: &Message| m.ordered() && m.node == picked.node;
+        let which = if picked.ordered() { self.net.iter().position(first).unwrap_or(which) } else { which };
+        let message = self.net.remove(which);
+        self.deliver(message);
+    }
 
     fn deliver(&mut self, message: Message) {
         let Message { node, session, body } = message;
