@@ -1,1 +1,94 @@
-fn main() {}
+//! The administrator's command: volumes, events, the lab, benchmarks.
+//!
+//! It holds no state. Everything it does to a running volume goes through csvd's admin socket on the node where
+//! it runs, or, with `--lab`, on a node of a lab.
+
+mod admin;
+mod bench;
+mod events;
+mod lab;
+mod output;
+mod volume;
+mod volume_create;
+
+use admin::Target;
+use clap::{CommandFactory, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Administrator's command of csvfs.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true)]
+struct Cli {
+    /// Configuration file of the node.
+    #[arg(long, global = true, default_value = "/etc/csv/csv.toml", value_name = "FILE")]
+    config: PathBuf,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Act in this lab instead of on this host. Where this host is no cluster node, the only lab is meant.
+    #[arg(long, global = true, value_name = "NAME")]
+    lab: Option<String>,
+    /// Act on this node of the lab.
+    #[arg(long, global = true, value_name = "NODE", default_value = "n1")]
+    on: String,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Volumes: create, state, redirection, maintenance.
+    #[command(subcommand)]
+    Volume(volume::VolumeCommand),
+    /// What this node decided or saw.
+    Events(events::EventsArgs),
+    /// A cluster on this one machine, for trying out and testing.
+    #[command(subcommand)]
+    Lab(lab::LabCommand),
+    /// Measure the ways to the data against the raw LUN.
+    Bench(bench::Args),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("csvctl: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let target = Target { config: cli.config, lab: cli.lab, on: cli.on };
+    match cli.command {
+        Command::Volume(command) => volume::run(command, &target, cli.json)?,
+        Command::Events(args) => events::run(&args, &target, cli.json)?,
+        Command::Lab(command) => return lab::run(command, cli.json),
+        Command::Bench(args) => bench::run(args, cli.json)?,
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "csvctl", &mut std::io::stdout());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+        let cli = Cli::try_parse_from(["csvctl", "lab", "exec", "n1", "--", "ls", "-l"]).unwrap();
+        assert!(matches!(cli.command, Command::Lab(lab::LabCommand::Exec(_))));
+        let cli = Cli::try_parse_from(["csvctl", "--lab", "x", "volume", "state", "--json"]).unwrap();
+        assert!(cli.json && cli.lab.as_deref() == Some("x"));
+    }
+}

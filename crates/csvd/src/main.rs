@@ -1,7 +1,8 @@
 //! Node daemon: starts and supervises one csvfs per volume, keeps the node's event log, serves csvctl.
 //!
-//! csvd holds no data and no right to any: it may die and be started again at any time. SIGTERM and SIGINT end
-//! csvd alone and leave every csvfs running for the next csvd; the admin request `Stop` ends them too.
+//! csvd holds no data and no right to any: it may die and be started again at any time. So no signal is
+//! caught: SIGTERM ends csvd alone and leaves every csvfs running for the next csvd, which replaces the stale socket.
+//! The admin request `Stop` ends the csvfs processes too.
 
 mod events;
 mod process;
@@ -12,7 +13,7 @@ use anyhow::{Context, bail};
 use clap::Parser;
 use csv_types::config::Config;
 use events::EventLog;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::SigSet;
 use rustix::fs::{FlockOperation, flock};
 use server::Node;
 use std::fs::{self, DirBuilder, File};
@@ -54,23 +55,15 @@ fn run(args: &Args) -> anyhow::Result<()> {
     make_dirs(&config)?;
     let _lock = lock_run_dir(&config.local.run_dir)?;
 
-    // Before any thread exists, so that all of them leave these signals to the one that waits for them.
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    signals.add(Signal::SIGINT);
-    signals.thread_block().context("cannot block signals")?;
+    // Children inherit the mask, and csvfs must get its SIGTERM however csvd itself was started.
+    SigSet::empty().thread_set_mask().context("cannot unblock signals")?;
 
-    let (exit, exited) = sync_channel(1);
     let node = start(args, config)?;
     let listener = server::listen(&node.config.local.run_dir.join("csvd.sock"))?;
-    let (server, stopped) = (Arc::clone(&node), exit.clone());
+    let (stopped, stop) = sync_channel(1);
+    let server = Arc::clone(&node);
     std::thread::spawn(move || server.serve(&listener, &stopped));
-    std::thread::spawn(move || {
-        let signal = signals.wait();
-        tracing::info!(?signal, "csvd ends; csvfs processes stay");
-        let _ = exit.try_send(());
-    });
-    exited.recv().context("both ways to end are gone")?;
+    stop.recv().context("the admin server ended")?;
     let _ = fs::remove_file(node.config.local.run_dir.join("csvd.sock"));
     node.events.lock().unwrap_or_else(PoisonError::into_inner).add("", "csvd-ended", "csvd ended".into());
     Ok(())
