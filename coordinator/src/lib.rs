@@ -26,16 +26,29 @@
 //! does not ask to extend) is answered with ENXIO and the file's attributes; a Read/Write grant ends at the exact
 //! logical size, an Exclusive one without the end-of-file right at the size rounded up to the file system's block.
 
+mod block;
+mod calls;
+mod coordinator;
+mod dispatch;
+mod eof;
+mod exec;
+mod gets;
+mod grace;
 pub mod hidden;
+mod layouts;
+mod leases;
+mod locks;
+mod ops_attr;
+mod ops_data;
+mod ops_ns;
+mod ops_remove;
 mod options;
+mod orphans;
+mod pushes;
+mod replies;
+mod session;
+mod state;
 
-pub use options::{EventSink, Fence, Limits, Options, Order, Outbox, Refusal, SessionRef};
-
-/// File system of a volume.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum FsKind {
-    /// ext4.
-    Ext4,
-    /// XFS.
-    Xfs,
-}
+pub use block::BlockGuard;
+pub use coordinator::{Coordinator, StartError};
+pub use options::{EventSink, Fence, FsKind, Limits, Options, Order, Outbox, Refusal, SessionRef};

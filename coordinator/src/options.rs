@@ -1,6 +1,5 @@
 //! What a coordinator is started with, and what it answers its sessions through.
 
-use crate::FsKind;
 use csv_proto::ServerMessage;
 use csv_types::{Epoch, NodeId};
 use rustix::io::Errno;
@@ -8,7 +7,17 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Takes events: a stable kind and a message that says what happened, to what, and why. Must not block long.
+/// File system of a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FsKind {
+    /// ext4.
+    Ext4,
+    /// XFS.
+    Xfs,
+}
+
+/// Takes events: a stable kind and a message that says what happened, to what, and why. Must not block
+/// and must not call back into the coordinator.
 pub type EventSink = Arc<dyn Fn(&str, String) + Send + Sync>;
 
 /// Makes sure that a node can write the LUN no more. May block. `true` when that is certain at return; `false`

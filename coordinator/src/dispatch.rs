@@ -1,0 +1,133 @@
+//! Which operation is done where, and which of them wait for the end of grace or of maintenance.
+
+use crate::calls::{Call, Done, Fail};
+use crate::coordinator::Coordinator;
+use csv_proto::{Count, Data, MapReply, StateList, call::Op, reply};
+
+/// When an operation may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum When {
+    /// At any time: it changes nothing, or it reclaims.
+    Always,
+    /// After grace.
+    NoGrace,
+    /// After grace, and not during maintenance.
+    Normal,
+}
+
+fn when(op: &Op) -> When {
+    match op {
+        Op::Open(open) if open.flags & libc::O_TRUNC.cast_unsigned() == 0 => When::Always,
+        Op::Setlk(lock) if lock.reclaim => When::Always,
+        Op::Lookup(_)
+        | Op::Getattr(_)
+        | Op::Readlink(_)
+        | Op::Close(_)
+        | Op::Readdir(_)
+        | Op::Statfs(_)
+        | Op::Getxattr(_)
+        | Op::Listxattr(_)
+        | Op::Fsync(_)
+        | Op::Syncfs(_)
+        | Op::LayoutCommit(_)
+        | Op::LayoutReclaim(_)
+        | Op::AdminOrder(_)
+        | Op::ListStates(_)
+        | Op::MapFile(_) => When::Always,
+        Op::Getlk(_) | Op::Setlk(_) | Op::Seek(_) => When::NoGrace,
+        Op::Setattr(_)
+        | Op::Mknod(_)
+        | Op::Mkdir(_)
+        | Op::Symlink(_)
+        | Op::Link(_)
+        | Op::Unlink(_)
+        | Op::Rmdir(_)
+        | Op::Rename(_)
+        | Op::Open(_)
+        | Op::Create(_)
+        | Op::Setxattr(_)
+        | Op::Removexattr(_)
+        | Op::Fallocate(_)
+        | Op::CopyRange(_)
+        | Op::Read(_)
+        | Op::Write(_)
+        | Op::LayoutGet(_) => When::Normal,
+    }
+}
+
+impl Coordinator {
+    /// Does one operation.
+    pub(crate) async fn perform(&self, call: &Call, op: Op) -> Result<Done, Fail> {
+        let when = when(&op);
+        if when != When::Always {
+            self.grace_over().await;
+        }
+        if when == When::Normal {
+            self.maintenance_over().await;
+        }
+        match op {
+            Op::Lookup(op) => self.lookup(call, op).await,
+            Op::Getattr(op) => self.getattr(call, op).await,
+            Op::Setattr(op) => self.setattr(call, op).await,
+            Op::Readdir(op) => self.readdir(call, op).await,
+            Op::Mknod(_) | Op::Mkdir(_) | Op::Symlink(_) | Op::Link(_) => self.make(call, op).await,
+            Op::Unlink(op) => self.unlink(call, op).await,
+            Op::Rmdir(op) => self.rmdir(call, op).await,
+            Op::Rename(op) => self.rename(call, op).await,
+            Op::Open(op) => self.open(call, op).await,
+            Op::Create(op) => self.create(call, op).await,
+            Op::Close(op) => self.close(call, op),
+            Op::Setxattr(op) => self.setxattr(call, op).await,
+            Op::Removexattr(op) => self.removexattr(call, op).await,
+            Op::Fallocate(op) => self.fallocate(call, op).await,
+            Op::Seek(op) => self.seek(op).await,
+            Op::CopyRange(op) => self.copy_range(call, op).await,
+            Op::Read(op) => self.read(op).await,
+            Op::Write(op) => self.write(call, op).await,
+            Op::LayoutGet(op) => self.layout_get(call, op).await,
+            Op::LayoutCommit(op) => self.layout_commit(call, op).await,
+            Op::LayoutReclaim(op) => self.layout_reclaim(call, op),
+            Op::Getlk(op) => self.getlk(call, op),
+            Op::Setlk(op) => self.setlk(call, op),
+            Op::Fsync(op) => self.fsync(op).await,
+            Op::AdminOrder(op) => Ok(self.order_from(call.at.node, op)),
+            Op::Readlink(_)
+            | Op::Statfs(_)
+            | Op::Getxattr(_)
+            | Op::Listxattr(_)
+            | Op::Syncfs(_)
+            | Op::ListStates(_)
+            | Op::MapFile(_) => self.perform_simple(call, op),
+        }
+    }
+
+    /// What needs nothing but the file system.
+    fn perform_simple(&self, call: &Call, op: Op) -> Result<Done, Fail> {
+        let data = |data: Vec<u8>| Done::from(reply::Body::Data(Data { data: data.into() }));
+        Ok(match op {
+            Op::Readlink(op) => data(self.fs.readlink(csv_proto::file_id(op.file)?)?),
+            Op::Statfs(_) => reply::Body::Statfs(self.fs.statfs()?).into(),
+            Op::Getxattr(op) => data(self.fs.getxattr(csv_proto::file_id(op.file)?, &op.name)?),
+            Op::Listxattr(op) => {
+                let names = self.fs.listxattr(csv_proto::file_id(op.file)?, call.cred.uid == 0)?;
+                data(names.into_iter().flat_map(|name| [name, vec![0]].concat()).collect())
+            }
+            Op::Syncfs(_) => {
+                self.fs.syncfs()?;
+                Done::nothing()
+            }
+            Op::ListStates(_) => reply::Body::States(StateList { state_json: self.states() }).into(),
+            Op::MapFile(op) => {
+                let extents = self.map_path(&op.path)?;
+                let extents = extents.iter().map(crate::layouts::wire_extent).collect();
+                reply::Body::Map(MapReply { extents }).into()
+            }
+            _other => return Err(rustix::io::Errno::NOSYS.into()),
+        })
+    }
+}
+
+/// A number as an answer.
+pub(crate) fn count(value: u64, attr: Option<csv_proto::Attr>) -> reply::Body {
+    reply::Body::Count(Count { value, attr })
+}

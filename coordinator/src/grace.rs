@@ -1,0 +1,162 @@
+//! Which nodes had sessions when the coordinator ended, and the grace period in which they reclaim.
+//!
+//! `/.csvfs/sessions` lists the nodes, one number a line. It is written, and durable, before a node is welcomed. A
+//! crash between leaves a node too many in it, which costs the next coordinator the rest of a grace period.
+//! During grace nothing is changed, lent or freed except by reclaims.
+
+use crate::coordinator::Coordinator;
+use crate::state::{Core, Grace};
+use csv_types::{FileId, NodeId};
+use rustix::io::Errno;
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+const NAME: &[u8] = b"sessions";
+const NEW_NAME: &[u8] = b"sessions.new";
+/// More than all node numbers of a cluster need.
+const LIST_BYTES_MAX: u32 = 64 << 10;
+
+/// The list as it is on the volume.
+#[derive(Debug, Default)]
+pub(crate) struct Roster {
+    nodes: BTreeSet<NodeId>,
+}
+
+impl Coordinator {
+    /// Reads the list; somebody in it means grace.
+    pub(crate) fn begin_grace(&self) -> Result<(), Errno> {
+        let nodes = self.read_roster()?;
+        self.roster.lock().nodes.clone_from(&nodes);
+        let orphans = self.fs.orphans();
+        let core = &mut *self.core.lock();
+        for file in &orphans {
+            core.file(*file).unlinked = true;
+        }
+        if nodes.is_empty() {
+            for file in orphans {
+                self.look_after(core, file);
+            }
+            return Ok(());
+        }
+        let names: Vec<String> = nodes.iter().map(|node| self.name(*node)).collect();
+        self.event("grace-begin", format!("waiting for {} to reclaim what they hold", names.join(", ")));
+        let until = Instant::now() + self.lease_over();
+        core.grace = Some(Grace { until, members: nodes.clone(), waiting: nodes });
+        self.grace.send_replace(true);
+        Ok(())
+    }
+
+    /// A node has reclaimed everything.
+    pub(crate) fn reclaim_done(&self, core: &mut Core, node: NodeId) {
+        if let Some(grace) = core.grace.as_mut() {
+            grace.waiting.remove(&node);
+            if grace.waiting.is_empty() {
+                self.end_grace(core, "every node has reclaimed what it held");
+            }
+        }
+    }
+
+    pub(crate) fn grace_tick(&self, core: &mut Core) {
+        if core.grace.as_ref().is_some_and(|grace| Instant::now() >= grace.until) {
+            self.end_grace(core, "its time is over");
+        }
+    }
+
+    fn end_grace(&self, core: &mut Core, why: &str) {
+        let Some(grace) = core.grace.take() else { return };
+        self.event("grace-end", format!("the grace period has ended: {why}"));
+        self.grace.send_replace(false);
+        let silent: Vec<NodeId> =
+            grace.waiting.into_iter().filter(|node| !core.sessions.contains_key(node)).collect();
+        for node in silent {
+            self.event(
+                "grace-missed",
+                format!("{} did not come back; what it held is free", self.name(node)),
+            );
+            self.spawn(|co| async move { co.delist(node) });
+        }
+        let files: Vec<FileId> = core
+            .files
+            .iter()
+            .filter(|(_, state)| state.unlinked || state.settle)
+            .map(|(file, _)| *file)
+            .collect();
+        for file in files {
+            self.look_after(core, file);
+        }
+    }
+
+    /// Waits until grace is over; it is bounded by the lease.
+    pub(crate) async fn grace_over(&self) {
+        let mut grace = self.grace.subscribe();
+        // An error would mean that the coordinator is gone, and this with it.
+        let _over = grace.wait_for(|grace| !*grace).await;
+    }
+
+    /// Waits until maintenance is over.
+    pub(crate) async fn maintenance_over(&self) {
+        let mut maintenance = self.maintenance.subscribe();
+        // See `grace_over`.
+        let _over = maintenance.wait_for(|on| !*on).await;
+    }
+
+    /// Puts a node on the list before it gets a session.
+    pub(crate) fn enlist(&self, roster: &mut Roster, node: NodeId) -> Result<(), Errno> {
+        if self.options.read_only || roster.nodes.contains(&node) {
+            return Ok(());
+        }
+        let mut nodes = roster.nodes.clone();
+        nodes.insert(node);
+        self.write_roster(&nodes)?;
+        roster.nodes = nodes;
+        Ok(())
+    }
+
+    /// Takes a node without a session off the list.
+    pub(crate) fn delist(&self, node: NodeId) {
+        let mut roster = self.roster.lock();
+        let needed = {
+            let core = self.core.lock();
+            core.sessions.contains_key(&node) || core.stopped
+        };
+        if needed || self.options.read_only || !roster.nodes.remove(&node) {
+            return;
+        }
+        if let Err(errno) = self.write_roster(&roster.nodes) {
+            self.event(
+                "sessions",
+                format!("cannot write the list of sessions: {errno}; the next start waits for {node}"),
+            );
+        }
+    }
+
+    fn read_roster(&self) -> Result<BTreeSet<NodeId>, Errno> {
+        let attr = match self.fs.lookup(self.fs.csvfs_dir(), NAME) {
+            Ok(attr) => attr,
+            Err(Errno::NOENT | Errno::STALE) => return Ok(BTreeSet::new()),
+            Err(errno) => return Err(errno),
+        };
+        let file = csv_proto::file_id(attr.file).map_err(|_| Errno::IO)?;
+        let text = String::from_utf8(self.fs.read(file, 0, LIST_BYTES_MAX)?).map_err(|_| Errno::IO)?;
+        let parse = |line: &str| line.parse().map(NodeId).map_err(|_| Errno::IO);
+        text.lines().map(parse).collect()
+    }
+
+    /// The new list beside the old one, then in place of it: a crash leaves one of the two, whole.
+    fn write_roster(&self, nodes: &BTreeSet<NodeId>) -> Result<(), Errno> {
+        let dir = self.fs.csvfs_dir();
+        match self.fs.unlink(dir, NEW_NAME) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+        let (attr, _) = self.fs.create(dir, NEW_NAME, 0o600, 0)?;
+        let file = csv_proto::file_id(attr.file).map_err(|_| Errno::IO)?;
+        let text: String = nodes.iter().map(|node| format!("{}\n", node.0)).collect();
+        self.fs.write(file, 0, text.as_bytes())?;
+        self.fs.fsync(file, false)?;
+        self.fs.rename(dir, NEW_NAME, dir, NAME, 0)?;
+        self.fs.fsync_dir(dir)?;
+        self.fs.forget(file);
+        Ok(())
+    }
+}
