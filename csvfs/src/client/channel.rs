@@ -17,7 +17,7 @@ use proto::{call::Op, client_message::Body as Out};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Calls under way at once, at most; further ones get EAGAIN from nobody but wait for a place.
@@ -73,6 +73,8 @@ struct State {
 /// See the module.
 pub(crate) struct Channel {
     state: Mutex<State>,
+    /// `State::open`, for those who only look.
+    open: AtomicBool,
     room: Condvar,
     next_call: AtomicU64,
     op_timeout: Duration,
@@ -105,6 +107,7 @@ impl Channel {
     pub(crate) fn new(op_timeout: Duration) -> Channel {
         Channel {
             state: Mutex::new(State::default()),
+            open: AtomicBool::new(false),
             room: Condvar::new(),
             next_call: AtomicU64::new(1),
             op_timeout,
@@ -119,7 +122,7 @@ impl Channel {
 
     /// Is the coordinator reachable and ready for calls?
     pub(crate) fn is_open(&self) -> bool {
-        self.state.lock().open
+        self.open.load(Ordering::Acquire)
     }
 
     /// Sends a message that is no call (returns, answers, reports). Lost when there is no link: what must not be
@@ -147,7 +150,15 @@ impl Channel {
         on_reply: Option<OnReply>,
         timeout: Duration,
     ) -> Result<proto::Reply, Errno> {
-        self.run(caller, op, on_reply, timeout, false)
+        check(self.run(caller, op, on_reply, timeout, false)?)
+    }
+
+    /// As [`Channel::call`], but a reply with an errno is a reply.
+    ///
+    /// # Errors
+    /// Only when there is no reply.
+    pub(crate) fn ask(&self, caller: Caller, op: Op) -> Result<proto::Reply, Errno> {
+        self.run(caller, op, None, self.op_timeout, false)
     }
 
     /// A call of the reclaim, which goes out before `open` and is not repeated on another link.
@@ -155,7 +166,7 @@ impl Channel {
     /// # Errors
     /// As [`Channel::call`]; ENOTCONN when the link broke.
     pub(crate) fn call_reclaim(&self, op: Op) -> Result<proto::Reply, Errno> {
-        self.run(Caller::default(), op, None, self.op_timeout, true)
+        check(self.run(Caller::default(), op, None, self.op_timeout, true)?)
     }
 
     fn run(
@@ -177,11 +188,7 @@ impl Channel {
         }
         drop(state);
         self.room.notify_one();
-        let reply = outcome?;
-        match reply.errno {
-            0 => Ok(reply),
-            errno => Err(Errno::from_raw_os_error(errno)),
-        }
+        outcome
     }
 
     fn begin(
@@ -315,6 +322,7 @@ impl Channel {
         state.link = Some(link);
         state.epoch = epoch;
         state.open = false;
+        self.open.store(false, Ordering::Release);
     }
 
     /// Calls may go out; those under way are sent (again). `same_coordinator` means that it still has the reply
@@ -322,6 +330,7 @@ impl Channel {
     pub(crate) fn open(&self, same_coordinator: bool) {
         let mut state = self.state.lock();
         state.open = true;
+        self.open.store(true, Ordering::Release);
         let Some(link) = state.link.clone() else { return };
         let epoch = state.epoch.0;
         for pending in state.calls.values_mut().filter(|pending| !pending.reclaim) {
@@ -339,6 +348,7 @@ impl Channel {
         let mut state = self.state.lock();
         state.link = None;
         state.open = false;
+        self.open.store(false, Ordering::Release);
         for pending in state.calls.values_mut().filter(|pending| pending.reclaim) {
             let errno = Errno::NOTCONN.raw_os_error();
             pending.waiter.slot.lock().reply = Some(proto::Reply { errno, ..proto::Reply::default() });
@@ -350,6 +360,13 @@ impl Channel {
     pub(crate) fn close(&self) {
         self.state.lock().closed = true;
         self.room.notify_all();
+    }
+}
+
+fn check(reply: proto::Reply) -> Result<proto::Reply, Errno> {
+    match reply.errno {
+        0 => Ok(reply),
+        errno => Err(Errno::from_raw_os_error(errno)),
     }
 }
 

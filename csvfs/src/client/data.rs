@@ -8,10 +8,10 @@
 
 use super::channel::Caller;
 use super::inode::{FileIo, Inode};
-use super::{VolumeClient, count, now_ms, proto_now};
+use super::{VolumeClient, count, proto_now};
 use csv_layout::cache::{IoToken, Outcome, Return, Segment};
 use csv_layout::{Access, Extent};
-use csv_lun::{AlignedBuf, LunError};
+use csv_lun::LunError;
 use csv_proto as proto;
 use csv_types::{ByteRange, LunOffset, ModeKind};
 use proto::call::Op;
@@ -51,7 +51,7 @@ pub(crate) struct WriteAt<'a> {
 /// Where the blocks of an I/O go in this round.
 enum Blocks {
     Direct(Arc<csv_lun::Lun>),
-    Redirected(Arc<csv_smb::pool::SmbPool>, String),
+    Redirected(Arc<crate::smbx::pool::SmbPool>, String),
 }
 
 enum Step<T> {
@@ -275,7 +275,7 @@ impl VolumeClient {
 
     /// What an SMB transfer means for the loop: a refused or unknown outcome is repeated (the same bytes at the same
     /// place), since the layout may have been recalled or the server restarted meanwhile.
-    fn smb_done(&self, done: Result<usize, csv_smb::pool::SmbError>, want: usize) -> Result<bool, Errno> {
+    fn smb_done(&self, done: Result<usize, crate::smbx::pool::SmbError>, want: usize) -> Result<bool, Errno> {
         match done {
             Ok(got) if got == want => Ok(true),
             Ok(_) => Err(Errno::IO),
@@ -374,7 +374,7 @@ impl VolumeClient {
         format!("/.csvfs/file-{token}-{}-{}", inode.file.ino, inode.file.generation)
     }
 
-    fn smb_retry(&self, error: &csv_smb::pool::SmbError, deadline: Instant) -> Result<(), Errno> {
+    fn smb_retry(&self, error: &crate::smbx::pool::SmbError, deadline: Instant) -> Result<(), Errno> {
         if error.is_fatal() || Instant::now() >= deadline {
             self.events.report("smb-error", format!("file-system redirected I/O failed: {error}"));
             return Err(Errno::IO);
@@ -529,7 +529,8 @@ impl VolumeClient {
         count(counter, 1);
     }
 
-    /// Read-modify-write under an exclusive grant: the segments cover the range rounded out to LUN blocks.
+    /// Read-modify-write under an exclusive grant. The segments name the exact bytes; extents are whole file-system
+    /// blocks, so the LUN blocks around a segment belong to the same extent.
     fn write_unaligned(
         &self,
         inode: &Arc<Inode>,
@@ -538,24 +539,11 @@ impl VolumeClient {
         data: &[u8],
         segments: &[Segment],
     ) -> Result<Step<()>, Errno> {
-        let block = self.lun_block();
-        let wide = range.align_out(block);
         let done = self.blocks().and_then(|blocks| {
-            let mut buf = vec![0; usize::try_from(wide.len()).map_err(|_| Errno::INVAL)?];
-            let head = range.start - wide.start;
-            let edges = [(wide.start, head > 0), (wide.end - block, range.end < wide.end)];
-            for (edge, needed) in edges {
-                if needed && !self.read_edge(&blocks, segments, wide, edge, block, &mut buf)? {
-                    return Ok(false);
-                }
-            }
-            let head = usize::try_from(head).map_err(|_| Errno::INVAL)?;
-            buf[head..head + data.len()].copy_from_slice(data);
             for segment in segments {
-                let place = segment.lun_offset.ok_or(Errno::IO)?;
-                let at = usize::try_from(segment.file_offset - wide.start).map_err(|_| Errno::INVAL)?;
+                let at = usize::try_from(segment.file_offset - range.start).map_err(|_| Errno::INVAL)?;
                 let len = usize::try_from(segment.len).map_err(|_| Errno::INVAL)?;
-                if !self.write_blocks(&blocks, place, &buf[at..at + len])? {
+                if !self.change_blocks(&blocks, segment, &data[at..at + len])? {
                     return Ok(false);
                 }
             }
@@ -570,24 +558,26 @@ impl VolumeClient {
         Ok(if done? { Step::Done(()) } else { Step::Again })
     }
 
-    fn read_edge(
-        &self,
-        blocks: &Blocks,
-        segments: &[Segment],
-        wide: ByteRange,
-        edge: u64,
-        block: u64,
-        buf: &mut [u8],
-    ) -> Result<bool, Errno> {
-        let segment = segments
-            .iter()
-            .find(|s| s.file_offset <= edge && edge + block <= s.file_offset + s.len)
-            .ok_or(Errno::IO)?;
+    fn change_blocks(&self, blocks: &Blocks, segment: &Segment, data: &[u8]) -> Result<bool, Errno> {
+        let block = self.lun_block();
         let place = segment.lun_offset.ok_or(Errno::IO)?;
-        let at = usize::try_from(edge - wide.start).map_err(|_| Errno::INVAL)?;
-        let len = usize::try_from(block).map_err(|_| Errno::INVAL)?;
-        let place = LunOffset(place.0 + (edge - segment.file_offset));
-        self.read_blocks(blocks, place, &mut buf[at..at + len])
+        let exact = ByteRange::at(place.0, segment.len);
+        let wide = exact.align_out(block);
+        let edge_len = usize::try_from(block).map_err(|_| Errno::INVAL)?;
+        let mut buf = vec![0; usize::try_from(wide.len()).map_err(|_| Errno::INVAL)?];
+        let head = usize::try_from(exact.start - wide.start).map_err(|_| Errno::INVAL)?;
+        if head > 0 && !self.read_blocks(blocks, LunOffset(wide.start), &mut buf[..edge_len])? {
+            return Ok(false);
+        }
+        let one_block_read = head > 0 && buf.len() == edge_len;
+        if exact.end < wide.end && !one_block_read {
+            let tail = buf.len() - edge_len;
+            if !self.read_blocks(blocks, LunOffset(wide.end - block), &mut buf[tail..])? {
+                return Ok(false);
+            }
+        }
+        buf[head..head + data.len()].copy_from_slice(data);
+        self.write_blocks(blocks, LunOffset(wide.start), &buf)
     }
 
     /// Through the control protocol, in pieces that fit a message. A short append is one piece or none.
@@ -603,6 +593,7 @@ impl VolumeClient {
                 sync: false,
             });
             let reply = self.chan.call(caller, op)?;
+            self.meta.changed(&[inode.file], &[]);
             done += piece.len() as u64;
             count(&self.counts.control_writes, 1);
             let mut io = inode.io.lock();
@@ -628,6 +619,7 @@ impl VolumeClient {
             match pool.write_at(&path, write.offset, write.data) {
                 Ok(()) => {
                     count(&self.counts.fs_writes, 1);
+                    self.meta.changed(&[inode.file], &[]);
                     let mut io = inode.io.lock();
                     io.coordinator_dirty = true;
                     io.known_size = io.known_size.max(write.offset + write.data.len() as u64);
@@ -648,6 +640,7 @@ impl VolumeClient {
             ..proto::SetAttr::default()
         });
         self.chan.call(caller, op)?;
+        self.meta.changed(&[inode.file], &[]);
         inode.setid.store(false, Ordering::Relaxed);
         Ok(())
     }
@@ -682,6 +675,9 @@ impl VolumeClient {
         match self.chan.call_with(caller, op, Some(on_reply), self.op_timeout) {
             Ok(_) => {
                 count(&self.counts.layouts_granted, 1);
+                if access != Access::Read {
+                    self.meta.changed(&[inode.file], &[]);
+                }
                 Ok(())
             }
             // The range lies behind the end of the file now; the caller looks at the new size.
@@ -707,6 +703,7 @@ impl VolumeClient {
             kill_suidgid: false,
         });
         let outcome = self.chan.call(caller, op);
+        self.meta.changed(&[inode.file], &[]);
         let mut io = inode.io.lock();
         match outcome {
             Ok(_) => {

@@ -1,16 +1,18 @@
 //! The inodes that the kernel knows on this node.
 //!
-//! The kernel names an inode by a node number that is never reused while csvfs runs; the coordinator names it by
-//! [`FileId`]. The table maps both ways and counts the kernel's references (`nlookup`); at zero the inode is
-//! forgotten and what is held of its layout goes back.
+//! The kernel names an inode by a node number; here that is the inode number (1 for the root), because fuser shows
+//! it as `st_ino` too, and all nodes have to see the same one. When the file system reuses an inode number, the new
+//! file has another generation: the kernel then makes its old inode bad and takes a new one under the same node
+//! number, and this table replaces its entry. The count of the kernel's references (`nlookup`) goes on over both;
+//! at zero the inode is forgotten and what is held of its layout goes back.
 
-use csv_layout::LayoutCache;
+use csv_layout::cache::LayoutCache;
 use csv_proto as proto;
 use csv_types::FileId;
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 /// FUSE node number of the volume's root.
@@ -59,56 +61,58 @@ pub(crate) struct FileIo {
 }
 
 #[derive(Debug, Default)]
-struct Maps {
+struct Nodes {
+    root: FileId,
     by_node: HashMap<u64, (Arc<Inode>, u64)>,
-    by_file: HashMap<FileId, u64>,
+}
+
+impl Nodes {
+    fn number(&self, file: FileId) -> u64 {
+        if file == self.root { ROOT } else { file.ino }
+    }
 }
 
 /// See the module.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct InodeTable {
-    maps: RwLock<Maps>,
-    next: AtomicU64,
+    nodes: RwLock<Nodes>,
 }
 
 impl InodeTable {
     pub(crate) fn new() -> InodeTable {
-        InodeTable { maps: RwLock::new(Maps::default()), next: AtomicU64::new(ROOT + 1) }
+        InodeTable::default()
     }
 
     /// The inode behind a number of the kernel.
     pub(crate) fn get(&self, nodeid: u64) -> Option<Arc<Inode>> {
-        self.maps.read().by_node.get(&nodeid).map(|(inode, _)| inode.clone())
+        self.nodes.read().by_node.get(&nodeid).map(|(inode, _)| inode.clone())
     }
 
     /// The inode of a file, if the kernel references it.
     pub(crate) fn by_file(&self, file: FileId) -> Option<Arc<Inode>> {
-        let maps = self.maps.read();
-        let nodeid = maps.by_file.get(&file)?;
-        maps.by_node.get(nodeid).map(|(inode, _)| inode.clone())
+        let nodes = self.nodes.read();
+        let (inode, _) = nodes.by_node.get(&nodes.number(file))?;
+        (inode.file == file).then(|| inode.clone())
     }
 
     /// The root; known since the first Welcome.
     pub(crate) fn set_root(&self, file: FileId) {
-        let mut maps = self.maps.write();
-        maps.by_node.entry(ROOT).or_insert_with(|| (Arc::new(Inode::new(ROOT, file)), u64::MAX / 2));
-        maps.by_file.insert(file, ROOT);
+        let mut nodes = self.nodes.write();
+        nodes.root = file;
+        nodes.by_node.entry(ROOT).or_insert_with(|| (Arc::new(Inode::new(ROOT, file)), u64::MAX / 2));
     }
 
     /// One more kernel reference to a file.
     pub(crate) fn reference(&self, file: FileId) -> Arc<Inode> {
-        let mut maps = self.maps.write();
-        if let Some(nodeid) = maps.by_file.get(&file).copied()
-            && let Some((inode, count)) = maps.by_node.get_mut(&nodeid)
-        {
-            *count += 1;
-            return inode.clone();
+        let mut nodes = self.nodes.write();
+        let nodeid = nodes.number(file);
+        let (inode, count) =
+            nodes.by_node.entry(nodeid).or_insert_with(|| (Arc::new(Inode::new(nodeid, file)), 0));
+        if inode.file != file {
+            *inode = Arc::new(Inode::new(nodeid, file));
         }
-        let nodeid = self.next.fetch_add(1, Ordering::Relaxed);
-        let inode = Arc::new(Inode::new(nodeid, file));
-        maps.by_file.insert(file, nodeid);
-        maps.by_node.insert(nodeid, (inode.clone(), 1));
-        inode
+        *count += 1;
+        inode.clone()
     }
 
     /// The kernel drops references; the inode when none is left.
@@ -116,25 +120,18 @@ impl InodeTable {
         if nodeid == ROOT {
             return None;
         }
-        let mut maps = self.maps.write();
-        let (_, references) = maps.by_node.get_mut(&nodeid)?;
+        let mut nodes = self.nodes.write();
+        let (_, references) = nodes.by_node.get_mut(&nodeid)?;
         *references = references.saturating_sub(count);
         if *references > 0 {
             return None;
         }
-        let (inode, _) = maps.by_node.remove(&nodeid)?;
-        maps.by_file.remove(&inode.file);
-        Some(inode)
+        nodes.by_node.remove(&nodeid).map(|(inode, _)| inode)
     }
 
     /// All of them.
     pub(crate) fn all(&self) -> Vec<Arc<Inode>> {
-        self.maps.read().by_node.values().map(|(inode, _)| inode.clone()).collect()
-    }
-
-    /// How many.
-    pub(crate) fn len(&self) -> usize {
-        self.maps.read().by_node.len()
+        self.nodes.read().by_node.values().map(|(inode, _)| inode.clone()).collect()
     }
 }
 
@@ -155,7 +152,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_not_reused_and_counts_decide() {
+    fn counts_decide_and_a_reused_number_is_another_file() {
         let table = InodeTable::new();
         let file = FileId { ino: 12, generation: 3 };
         let first = table.reference(file);
@@ -164,7 +161,12 @@ mod tests {
         assert_eq!(table.forget(first.nodeid, 1).unwrap().file, file);
         assert!(table.get(first.nodeid).is_none());
         assert!(table.by_file(file).is_none());
-        assert_ne!(table.reference(file).nodeid, first.nodeid);
+        let old = table.reference(file);
+        let reused = FileId { ino: 12, generation: 4 };
+        assert_eq!(table.reference(reused).file, reused);
+        assert!(table.by_file(file).is_none());
+        assert!(table.forget(old.nodeid, 1).is_none());
+        assert_eq!(table.forget(old.nodeid, 1).unwrap().file, reused);
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub(crate) mod channel;
 pub(crate) mod data;
 pub(crate) mod held_locks;
 pub(crate) mod inode;
+pub(crate) mod meta;
 pub(crate) mod modes;
 pub(crate) mod session;
 
@@ -23,7 +24,7 @@ use channel::Channel;
 use csv_lun::BufPool;
 use csv_proto as proto;
 use csv_proto::client_message::Body as Out;
-use csv_smb::pool::SmbPool;
+use crate::smbx::pool::SmbPool;
 use csv_types::admin::IoCounts;
 use csv_types::{FileId, NodeId};
 use held_locks::HeldLocks;
@@ -83,11 +84,12 @@ pub(crate) struct VolumeClient {
     pub(crate) node: NodeId,
     pub(crate) chan: Channel,
     pub(crate) inodes: InodeTable,
-    pub(crate) modes: Modes,
+    pub(crate) modes: Arc<Modes>,
     pub(crate) counts: Counts,
-    pub(crate) bufs: BufPool,
+    pub(crate) bufs: Arc<BufPool>,
     pub(crate) events: Arc<Events>,
     pub(crate) locks: HeldLocks,
+    pub(crate) meta: meta::MetaCache,
     pub(crate) handles: Mutex<HashMap<u64, OpenHandle>>,
     pub(crate) facts: RwLock<SessionFacts>,
     pub(crate) smb: RwLock<Option<Arc<SmbPool>>>,
@@ -128,11 +130,12 @@ impl VolumeClient {
             node: options.node,
             chan: Channel::new(options.op_timeout),
             inodes: InodeTable::new(),
-            modes: options.modes,
+            modes: Arc::new(options.modes),
             counts: Counts::default(),
-            bufs: BufPool::default(),
+            bufs: BufPool::new(),
             events: options.events,
             locks: HeldLocks::default(),
+            meta: meta::MetaCache::default(),
             handles: Mutex::new(HashMap::new()),
             facts: RwLock::new(SessionFacts::default()),
             smb: RwLock::new(None),
@@ -147,6 +150,11 @@ impl VolumeClient {
     /// May layouts be used now?
     pub(crate) fn lease_alive(&self) -> bool {
         now_ms() < self.lease_until_ms.load(Ordering::Acquire)
+    }
+
+    /// May cached metadata be used now?
+    pub(crate) fn session_live(&self) -> bool {
+        self.chan.is_open() && self.lease_alive()
     }
 
     /// The coordinator answered a message that was sent at `sent_ms`.
@@ -169,15 +177,7 @@ impl VolumeClient {
         self.next_handle.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Sends what a layout cache wants to give back.
-    pub(crate) fn send_returns(&self, inode: &inode::Inode, returns: &[csv_layout::cache::Return]) {
-        for back in returns {
-            let mtime = inode.io.lock().wrote_at.take();
-            self.send_return(inode.file, back, mtime);
-        }
-    }
-
-    /// As `send_returns`, for callers that hold the inode's lock.
+    /// Sends what a layout cache gives back; the caller holds the inode's lock, so that nothing overtakes it.
     pub(crate) fn send_return(
         &self,
         file: FileId,
@@ -185,6 +185,7 @@ impl VolumeClient {
         mtime: Option<proto::Time>,
     ) {
         count(&self.counts.layouts_recalled, 1);
+        self.meta.changed(&[file], &[]);
         self.chan.post(Out::LayoutReturn(proto::LayoutReturn {
             file: Some(file.into()),
             offset: back.range.start,

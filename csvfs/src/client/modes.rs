@@ -169,7 +169,7 @@ impl Modes {
     }
 
     /// A direct I/O failed. Starts probing.
-    pub(crate) fn path_failed(self: &Self, why: &str, probe: impl FnOnce()) {
+    pub(crate) fn path_failed(self: &Arc<Self>, why: &str) {
         self.change(|inputs| {
             if inputs.path == Path::Good {
                 inputs.path = Path::Failed(why.to_owned());
@@ -177,14 +177,17 @@ impl Modes {
         });
         let mut state = self.state.lock();
         if !state.probing {
-            state.probing = true;
-            drop(state);
-            probe();
+            let modes = self.clone();
+            let thread = std::thread::Builder::new().name("path-probe".into());
+            match thread.spawn(move || modes.probe_until_good()) {
+                Ok(_) => state.probing = true,
+                // The next failed I/O tries again.
+                Err(error) => tracing::error!(%error, "cannot start the path probe"),
+            }
         }
     }
 
-    /// Probes until the path is good again; runs in a thread of its own, which `path_failed` asks for.
-    pub(crate) fn probe_until_good(&self) {
+    fn probe_until_good(&self) {
         let mut good = 0;
         while good < PROBES_GOOD {
             std::thread::sleep(PROBE_INTERVAL);

@@ -51,6 +51,7 @@ impl VolumeClient {
             self.events.report("session-resumed", format!("session resumed in epoch {epoch}"));
             return Ok(());
         }
+        self.meta.clear();
         let keep_layouts = welcome.grace && lease_was_alive;
         if !keep_layouts {
             self.drop_layouts();
@@ -153,6 +154,9 @@ impl VolumeClient {
             In::CommitQuery(query) => self.answer_query(&query),
             In::Pong(pong) => self.renew_lease(pong.ping),
             In::Invalidate(invalidate) => {
+                if let Ok(file) = proto::file_id(invalidate.file) {
+                    self.meta.invalidate(file, invalidate.attr, invalidate.names);
+                }
                 self.chan.post(Out::InvalidateAck(proto::InvalidateAck { id: invalidate.id }));
             }
             In::ModeOrder(order) => {
@@ -161,6 +165,7 @@ impl VolumeClient {
             }
             In::Revoked(revoked) => {
                 self.end_lease();
+                self.meta.clear();
                 self.drop_layouts();
                 self.events.report("revoked", format!("the coordinator took everything back: {}", revoked.reason));
             }

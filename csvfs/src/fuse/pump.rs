@@ -24,7 +24,6 @@ use crate::pool::Pool;
 use abi::{InHeader, IoIn, LkIn};
 use csv_layout::cache::{IoToken, Outcome, Segment};
 use csv_lun::{AlignedBuf, Lun, LunError, Ring, RingIo};
-use csv_types::admin::PathFault;
 use csv_types::{ByteRange, LunOffset};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -240,7 +239,7 @@ impl Pump {
             return None;
         }
         // With a fault injected the blocking way has to show it.
-        self.lun.as_ref().filter(|lun| lun.fault() == PathFault::Heal)
+        self.lun.as_ref().filter(|lun| !lun.is_faulty())
     }
 
     fn read(&mut self, header: &InHeader, io: IoIn) {

