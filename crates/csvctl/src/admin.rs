@@ -39,19 +39,17 @@ impl Target {
 }
 
 fn load_config(path: &Path) -> anyhow::Result<Config> {
-    let text = fs::read_to_string(path).map_err(|e| match e.kind() {
-        ErrorKind::NotFound => {
-            let labs = lab::names().unwrap_or_default();
-            let labs = match labs.as_slice() {
-                [] => "or make a lab with `csvctl lab up`".to_owned(),
-                names => format!("or choose one of the labs {} with --lab", names.join(", ")),
-            };
-            anyhow!(
-                "{} is not there: this host is no cluster node; give the file with --config, {labs}",
-                path.display()
-            )
+    let text = fs::read_to_string(path).map_err(|e| {
+        if e.kind() != ErrorKind::NotFound {
+            return anyhow!("cannot read {}: {e}; run csvctl as root", path.display());
         }
-        _ => anyhow!("cannot read {}: {e}; run csvctl as root", path.display()),
+        let labs = lab::names().unwrap_or_default();
+        let labs = match labs.as_slice() {
+            [] => "or make a lab with `csvctl lab up`".to_owned(),
+            names => format!("or choose one of the labs {} with --lab", names.join(", ")),
+        };
+        let path = path.display();
+        anyhow!("{path} is not there: this host is no cluster node; give the file with --config, {labs}")
     })?;
     Config::parse(&text).with_context(|| format!("in {}", path.display()))
 }

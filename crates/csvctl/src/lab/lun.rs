@@ -114,7 +114,7 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
         _ => return Err(wrong()),
     };
     let bytes = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(1 << shift)).ok_or_else(wrong)?;
-    if bytes < 64 << 20 || bytes > 64 << 40 || bytes % 4096 != 0 {
+    if !(64 << 20..=64 << 40).contains(&bytes) || bytes % 4096 != 0 {
         return Err(format!("\"{text}\" must be 64M to 64T and a multiple of 4096 bytes"));
     }
     Ok(bytes)

@@ -1,0 +1,61 @@
+# Main jobs: `make lab` (a cluster on this machine, a virtual machine on it, a short benchmark) and `make test`.
+# Each installs what it needs by itself (scripts/deps.sh; Debian). Labs need root; cargo is run by whoever calls make.
+
+SHELL := /bin/bash
+export PATH := $(PATH):$(HOME)/.cargo/bin
+CARGO ?= cargo
+CSVCTL := target/release/csvctl
+# Labs are made of namespaces, mounts and loop devices.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env PATH=$(PATH))
+
+.PHONY: help build lab lab-down vm-demo bench test test-unit test-e2e check deps
+
+help:
+	@echo "make lab        cluster of three nodes, a VM booted on two of them, short benchmark; the lab stays up"
+	@echo "make lab-down   removes the lab"
+	@echo "make test       everything: format, lints, documentation, unit and end-to-end tests"
+	@echo "make test-unit  unit tests only"
+	@echo "make check      format, lints and documentation only"
+	@echo "make bench      full benchmark, report in out/bench.html"
+	@echo "make build      release build of all programs"
+
+deps:
+	@scripts/deps.sh
+
+build: deps
+	$(CARGO) build --release --workspace --bins
+
+lab: build
+	@$(SUDO) $(CSVCTL) lab up
+	@$(SUDO) scripts/vm-demo.sh --lab lab n1 n3
+	@$(SUDO) $(CSVCTL) --lab lab volume state
+	@$(SUDO) $(CSVCTL) bench --lab lab --quick
+	@echo "the lab is still up: try '$(CSVCTL) lab exec n1 -- bash'; 'make lab-down' removes it"
+
+lab-down:
+	@$(SUDO) $(CSVCTL) lab down --name lab
+
+vm-demo: build
+	@$(SUDO) scripts/vm-demo.sh
+
+bench: build
+	@mkdir -p out
+	@$(SUDO) $(CSVCTL) bench --html out/bench.html --out out/bench.json
+
+check: deps
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
+
+# csv-tests holds the end-to-end suites; everything else is a unit test.
+test-unit: deps
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --workspace --exclude csv-tests; \
+	else \
+		$(CARGO) test --workspace --exclude csv-tests --bins --lib; \
+	fi
+
+test-e2e: build
+	$(SUDO) $(CARGO) test -p csv-tests --release -- --test-threads=1
+
+test: check test-unit test-e2e
