@@ -22,7 +22,8 @@
 //! more gives that right back. Its `size` counts only while that node has the right, for a doubled return repeats
 //! an old size; without one the grant never arrived and the size is as it was. A grant with the right is not sent
 //! while a recall of that node's right is unanswered, because its size would be out of date. Sizes need the returns
-//! and gets of one node in the order in which they were sent; rights do not.
+//! and gets of one node in the order in which they were sent; rights do not. When a coordinator dies, the owner
+//! commits a returned size again at the next one, calls `forget_recalls` and reclaims what `held` tells.
 
 mod flight;
 mod map;
@@ -350,6 +351,14 @@ impl LayoutCache {
     pub fn is_empty(&self) -> bool {
         let eof = self.eof.is_some() || self.eof_leaving.is_some();
         self.map.is_empty() && self.flight.len() == 0 && self.recalls.is_empty() && !eof
+    }
+
+    /// Before reclaim at a new coordinator: the recalls of the old one are void and will not be answered. What they
+    /// took stays taken, except for the end-of-file right, which is still here while writes may move the end.
+    pub fn forget_recalls(&mut self) {
+        self.recalls.clear();
+        self.eof = self.eof.or(self.eof_leaving);
+        self.eof_leaving = None;
     }
 
     /// Everything that blocks may be read or written under, for reclaim: what is held, and what is in flight on

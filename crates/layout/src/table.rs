@@ -319,8 +319,10 @@ impl LayoutTable {
         self.numbers.seq = seq.max(self.numbers.seq);
         let max = self.config.pieces_per_node_max;
         let state = self.files.entry(file).or_default();
+        // What was lent must stay usable, so the bound only makes pieces coarser first; beyond that, no good faith.
+        let room = state.has_room(node, max) || state.has_room(node, max.saturating_mul(4));
         if self.fencing.contains(&node)
-            || !state.has_room(node, max)
+            || !room
             || !state.can_reclaim(node, range, access)
         {
             effects.push(Effect::ReclaimRefused { node, file });

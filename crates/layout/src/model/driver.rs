@@ -1,6 +1,7 @@
 //! The coordinator's driver of the model: carries out the table's effects.
 
 use super::*;
+use crate::cache::HeldGrant;
 
 impl World {
     pub(super) fn step(&mut self, input: Input) {
@@ -87,7 +88,7 @@ impl World {
             Effect::Fence { node, .. } => {
                 assert!(self.fences.insert(node_of(node)), "{node} is to be fenced twice");
             }
-            Effect::ReclaimRefused { .. } => panic!("nobody reclaims here"),
+            Effect::ReclaimRefused { node, file } => panic!("{node} contradicts others on {file}"),
         }
     }
 
@@ -185,6 +186,52 @@ impl World {
             }
         }
         self.step(Input::NodeGone { node: node_id(node) });
+    }
+
+    /// Another coordinator takes over: the table, all requests and all messages under way are gone. The clients
+    /// go on with their I/O and tell what they hold.
+    pub(super) fn fail_over(&mut self) {
+        self.epoch += 1;
+        self.table = new_table(self.epoch, self.table.mutation.on);
+        self.gets.clear();
+        self.guards.clear();
+        self.fences.clear();
+        for message in std::mem::take(&mut self.net) {
+            // A size that may not have arrived is committed again by the owner of the cache.
+            if let Body::Return { file, answer: Return { size: Some(size), up_to_seq, .. } } = message.body
+                && message.session == self.clients[message.node].session
+                && let Some((holder, seq)) = self.files[file].eof_holder
+                && (holder, true) == (message.node, seq <= up_to_seq)
+            {
+                self.files[file].size = size;
+                self.files[file].eof_holder = None;
+            }
+        }
+        for state in &mut self.files {
+            state.eof_holder = None;
+            state.eof_recalls.clear();
+        }
+        for node in 0..NODES {
+            for file in 0..FILES {
+                if !self.clients[node].fenced {
+                    self.reclaim(node, file);
+                }
+            }
+        }
+    }
+
+    fn reclaim(&mut self, node: usize, file: usize) {
+        self.clients[node].caches[file].forget_recalls();
+        for HeldGrant { seq, range, access, eof, .. } in self.clients[node].caches[file].held() {
+            if let Some(right) = eof {
+                let state = &mut self.files[file];
+                assert!(state.eof_holder.is_none(), "two nodes claim the end of file {file}");
+                state.eof_holder = Some((node, seq));
+                state.size = right.size;
+            }
+            let (node, file) = (node_id(node), file_id(file));
+            self.step(Input::Reclaim { node, file, range, access, seq });
+        }
     }
 
     pub(super) fn advance(&mut self, ms: u64) {

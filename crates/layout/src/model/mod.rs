@@ -1,6 +1,7 @@
 //! A whole small world in memory: one table with its driver, three clients with a cache for each of two files, a
 //! network that delays, reorders, doubles and (recalls only, as they are sent again) loses messages, I/O in
-//! flight, fences and lost leases, and guards under which blocks move to another place on the LUN.
+//! flight, fences and lost leases, coordinators that die and have their successor told what is held, and guards
+//! under which blocks move to another place on the LUN.
 //!
 //! `check` states what must hold after every step, `heal` what must come to an end; `tests` drives both, with the
 //! code as it is and with deliberate defects.
@@ -40,6 +41,7 @@ struct World {
     fences: BTreeSet<usize>,
     next_request: u64,
     next_lun_block: u64,
+    epoch: u64,
 }
 
 /// A file as the coordinator sees it, and the truth.
@@ -123,9 +125,9 @@ impl Message {
 }
 
 impl InFlight {
-    /// Blocks of the LUN that are read or written.
+    /// Bytes that are read, blocks that are written.
     fn blocks(&self) -> ByteRange {
-        if self.range.is_empty() { self.range } else { self.range.align_out(BLOCK) }
+        if self.access == Access::Read { self.range } else { self.range.align_out(BLOCK) }
     }
 }
 
@@ -145,21 +147,25 @@ fn node_of(id: NodeId) -> usize {
     id.0 as usize - 1
 }
 
+fn new_table(epoch: u64, mutant: Option<Mutant>) -> LayoutTable {
+    let mut table = LayoutTable::new(TableConfig {
+        recall_ms: RECALL_MS,
+        resend_ms: RESEND_MS,
+        gets_per_file_max: 6,
+        pieces_per_node_max: 4,
+        seq_first: (epoch << 32) + 1,
+    });
+    table.mutation = Mutation { on: mutant };
+    table
+}
+
 fn floor(bytes: u64) -> u64 {
     bytes / BLOCK * BLOCK
 }
 
 impl World {
     fn new(mutant: Option<Mutant>) -> Self {
-        let config = TableConfig {
-            recall_ms: RECALL_MS,
-            resend_ms: RESEND_MS,
-            gets_per_file_max: 6,
-            pieces_per_node_max: 4,
-            seq_first: 1,
-        };
-        let mut table = LayoutTable::new(config);
-        table.mutation = Mutation { on: mutant };
+        let table = new_table(1, mutant);
         let cache = || {
             let mut cache = LayoutCache::new();
             cache.mutation = Mutation { on: mutant };
@@ -190,6 +196,7 @@ impl World {
             fences: BTreeSet::new(),
             next_request: 0,
             next_lun_block: FILES as u64 * BLOCKS,
+            epoch: 1,
         }
     }
 

@@ -20,6 +20,7 @@ enum Action {
     Fence,
     LoseLease { node: usize },
     Rejoin { node: usize },
+    FailOver,
 }
 
 /// A non-empty range of block numbers.
@@ -50,6 +51,7 @@ fn action() -> impl Strategy<Value = Action> {
         1 => Just(Action::Fence),
         1 => (0..NODES).prop_map(|node| Action::LoseLease { node }),
         2 => (0..NODES).prop_map(|node| Action::Rejoin { node }),
+        1 => Just(Action::FailOver),
     ]
 }
 
@@ -126,6 +128,7 @@ impl World {
             }
             Action::LoseLease { node } => self.node_gone(node),
             Action::Rejoin { node } => self.rejoin(node),
+            Action::FailOver => self.fail_over(),
             _ => unreachable!("handled by act_on"),
         }
     }
