@@ -34,6 +34,7 @@ mod eof;
 mod exec;
 mod gets;
 mod grace;
+pub mod grpc;
 pub mod hidden;
 mod layouts;
 mod leases;
