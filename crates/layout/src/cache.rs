@@ -26,16 +26,18 @@
 //! commits a returned size again at the next one, calls `forget_recalls` and reclaims what `held` tells.
 
 mod flight;
+mod held;
 mod map;
 mod tombs;
 
 pub use flight::{IO_MAX, IoToken};
+pub use held::HeldGrant;
 
 use crate::mutation::{Mutant, Mutation};
 use crate::{Access, Extent};
 use csv_types::{ByteRange, LunOffset};
 use flight::{Flight, IoKind};
-use map::{Map, Place};
+use map::Map;
 use tombs::Tombs;
 
 /// Granularity at which a recall near the end of file takes the end-of-file right: no smaller than any LUN block.
@@ -93,21 +95,6 @@ pub struct Return {
     pub size: Option<u64>,
     /// Data was written since the last `take_wrote` or return: the modification time must go along.
     pub wrote: bool,
-}
-
-/// One thing held, for reclaim at a new coordinator.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HeldGrant {
-    /// Newest grant that gave it.
-    pub seq: u64,
-    /// Where.
-    pub range: ByteRange,
-    /// Strongest access.
-    pub access: Access,
-    /// Known places, in file order; empty for I/O that is still in flight on something recalled already.
-    pub extents: Vec<Extent>,
-    /// Present in one of the grants when the end-of-file right is held.
-    pub eof: Option<EofRight>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -177,11 +164,8 @@ impl LayoutCache {
     pub fn begin_write(&mut self, range: ByteRange, block: u64, out: &mut Vec<Segment>) -> Outcome {
         out.clear();
         let blocks = if range.is_empty() { range } else { range.align_out(block) };
-        let (kind, need) = if blocks == range {
-            (IoKind::Write, Access::Write)
-        } else {
-            (IoKind::Rmw, Access::Exclusive)
-        };
+        let (kind, need) =
+            if blocks == range { (IoKind::Write, Access::Write) } else { (IoKind::Rmw, Access::Exclusive) };
         let held = match kind {
             // The blocks around the exact bytes are read and written too, so they must be held and on the LUN.
             IoKind::Rmw => self.map.segments(blocks, need, true, out),
@@ -353,80 +337,6 @@ impl LayoutCache {
         self.map.is_empty() && self.flight.len() == 0 && self.recalls.is_empty() && !eof
     }
 
-    /// Before reclaim at a new coordinator: the recalls of the old one are void and will not be answered. What they
-    /// took stays taken, except for the end-of-file right, which is still here while writes may move the end.
-    pub fn forget_recalls(&mut self) {
-        self.recalls.clear();
-        self.eof = self.eof.or(self.eof_leaving);
-        self.eof_leaving = None;
-    }
-
-    /// Everything that blocks may be read or written under, for reclaim: what is held, and what is in flight on
-    /// ranges that an earlier coordinator recalled.
-    #[must_use]
-    pub fn held(&self) -> Vec<HeldGrant> {
-        let mut held: Vec<HeldGrant> = Vec::new();
-        let mut last_rights = None;
-        for piece in self.map.iter() {
-            let Some(access) = piece.rights.access() else { continue };
-            let extent = |lun_offset| Extent {
-                file_offset: piece.range.start,
-                len: piece.range.len(),
-                lun_offset,
-            };
-            let extent = match piece.place {
-                Place::Lun(at) => Some(extent(Some(at))),
-                Place::Zeros => Some(extent(None)),
-                Place::Unknown => None,
-            };
-            match held.last_mut() {
-                Some(grant) if grant.range.end == piece.range.start && last_rights == Some(piece.rights) => {
-                    grant.range.end = piece.range.end;
-                    grant.extents.extend(extent);
-                }
-                _ => held.push(HeldGrant {
-                    seq: piece.rights.seq(),
-                    range: piece.range,
-                    access,
-                    extents: extent.into_iter().collect(),
-                    eof: None,
-                }),
-            }
-            last_rights = Some(piece.rights);
-        }
-        self.held_in_flight(&mut held);
-        self.held_eof(&mut held);
-        held
-    }
-
-    fn held_in_flight(&self, held: &mut Vec<HeldGrant>) {
-        for io in self.flight.iter() {
-            let access = match io.kind {
-                IoKind::Read => Access::Read,
-                IoKind::Write => Access::Write,
-                IoKind::Rmw => Access::Exclusive,
-            };
-            if !io.range.is_empty() && !self.map.allows(io.range, access) {
-                let extents = Vec::new();
-                held.push(HeldGrant { seq: self.seq_seen, range: io.range, access, extents, eof: None });
-            }
-        }
-    }
-
-    fn held_eof(&self, held: &mut Vec<HeldGrant>) {
-        let Some(eof) = self.eof.or(self.eof_leaving) else { return };
-        let to_the_end = |grant: &&mut HeldGrant| {
-            grant.range.end == u64::MAX && grant.access == Access::Exclusive
-        };
-        if let Some(grant) = held.iter_mut().find(to_the_end) {
-            grant.eof = Some(eof.right);
-        } else {
-            let (range, access) = (eof_range(eof.right.size), Access::Exclusive);
-            let extents = Vec::new();
-            held.push(HeldGrant { seq: eof.seq, range, access, extents, eof: Some(eof.right) });
-        }
-    }
-
     #[inline]
     fn readable(&self, range: ByteRange) -> ByteRange {
         match self.eof.or(self.eof_leaving) {
@@ -483,7 +393,9 @@ impl LayoutCache {
     /// The strongest access under which an I/O on this byte could begin now.
     pub(crate) fn access_at(&self, byte: u64) -> Option<Access> {
         let byte = ByteRange::at(byte, 1);
-        [Access::Exclusive, Access::Write, Access::Read].into_iter().find(|&access| self.map.allows(byte, access))
+        [Access::Exclusive, Access::Write, Access::Read]
+            .into_iter()
+            .find(|&access| self.map.allows(byte, access))
     }
 }
 

@@ -33,12 +33,14 @@
 
 mod file;
 mod pieces;
+mod waiter;
 
 use crate::Access;
 use crate::mutation::Mutation;
 use csv_types::{ByteRange, FileId, NodeId};
-use file::{Admitted, FileState};
+use file::FileState;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use waiter::Admitted;
 
 /// Milliseconds of a monotonic clock.
 pub type Tick = u64;
@@ -234,10 +236,21 @@ impl LayoutTable {
     /// The oldest get or guard that still waits, over all files; for status and diagnosis.
     #[must_use]
     pub fn lowest_pending(&self) -> Option<RequestId> {
-        self.files.values().filter_map(FileState::oldest_waiting).min_by_key(|&(arrival, _)| arrival).map(|w| w.1)
+        self.files
+            .values()
+            .filter_map(FileState::oldest_waiting)
+            .min_by_key(|&(arrival, _)| arrival)
+            .map(|w| w.1)
     }
 
-    fn get(&mut self, request: RequestId, node: NodeId, file: FileId, get: Admitted, effects: &mut Vec<Effect>) {
+    fn get(
+        &mut self,
+        request: RequestId,
+        node: NodeId,
+        file: FileId,
+        get: Admitted,
+        effects: &mut Vec<Effect>,
+    ) {
         if self.requests.contains_key(&request) {
             return;
         }
@@ -321,10 +334,7 @@ impl LayoutTable {
         let state = self.files.entry(file).or_default();
         // What was lent must stay usable, so the bound only makes pieces coarser first; beyond that, no good faith.
         let room = state.has_room(node, max) || state.has_room(node, max.saturating_mul(4));
-        if self.fencing.contains(&node)
-            || !room
-            || !state.can_reclaim(node, range, access)
-        {
+        if self.fencing.contains(&node) || !room || !state.can_reclaim(node, range, access) {
             effects.push(Effect::ReclaimRefused { node, file });
         } else {
             state.lend(node, range, access, seq);
@@ -373,10 +383,8 @@ impl LayoutTable {
         let Some(state) = self.files.get_mut(&file) else { return };
         let new = state.refresh_deadline(&self.config, &self.fencing);
         let gone = state.is_idle();
-        if new != old {
-            if let Some(at) = old {
-                self.deadlines.remove(&(at, file));
-            }
+        if let Some(at) = old.filter(|_| new != old) {
+            self.deadlines.remove(&(at, file));
         }
         if let Some(at) = new {
             self.deadlines.insert((at, file));

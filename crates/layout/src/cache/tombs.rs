@@ -78,9 +78,6 @@ mod tests {
         tombs.bury(ByteRange::new(0, 30), 4);
         tombs.bury(ByteRange::new(5, 6), 2);
         assert_eq!(tombs.entries, [(ByteRange::new(0, 30), 4)]);
-        assert_eq!(
-            tombs.alive(ByteRange::new(20, 40), 4),
-            [ByteRange::new(30, 40)]
-        );
+        assert_eq!(tombs.alive(ByteRange::new(20, 40), 4), [ByteRange::new(30, 40)]);
     }
 }

@@ -12,7 +12,9 @@ impl World {
                 let lun = segment.lun_offset.map(|at| at.0 + (start - segment.file_offset));
                 let want = self.lun_offset(file, block).0 + (start - block * BLOCK);
                 if lun != Some(want) {
-                    return Err(format!("n{node} does I/O of file {file} block {block} at {lun:?}, not {want}"));
+                    return Err(format!(
+                        "n{node} does I/O of file {file} block {block} at {lun:?}, not {want}"
+                    ));
                 }
             }
         }
@@ -93,7 +95,10 @@ impl World {
             return Err(format!("n{node} has the end of file {file}, says the client only"));
         }
         if right.size != state.true_size {
-            return Err(format!("n{node} thinks that file {file} ends at {right:?}, not {}", state.true_size));
+            return Err(format!(
+                "n{node} thinks that file {file} ends at {right:?}, not {}",
+                state.true_size
+            ));
         }
         Ok(())
     }
@@ -133,8 +138,12 @@ impl World {
                 self.deliver(message);
                 self.check()?;
             }
-            let mapping: Vec<_> =
-                self.gets.iter().filter(|(_, get)| get.limit.is_some()).map(|(&request, _)| request).collect();
+            let mapping: Vec<_> = self
+                .gets
+                .iter()
+                .filter(|(_, get)| get.limit.is_some())
+                .map(|(&request, _)| request)
+                .collect();
             for request in mapping {
                 self.answer_map(request, 1);
                 self.check()?;

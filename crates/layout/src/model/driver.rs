@@ -12,14 +12,18 @@ impl World {
         }
     }
 
-    pub(super) fn take_get(&mut self, node: usize, file: usize, range: ByteRange, access: Access, extend: bool) {
+    pub(super) fn take_get(
+        &mut self,
+        node: usize,
+        file: usize,
+        range: ByteRange,
+        access: Access,
+        extend: bool,
+    ) {
         let request = self.request();
         let size = self.files[file].size;
-        let (range, access) = if extend {
-            (ByteRange::new(floor(size), u64::MAX), Access::Exclusive)
-        } else {
-            (range, access)
-        };
+        let (range, access) =
+            if extend { (ByteRange::new(floor(size), u64::MAX), Access::Exclusive) } else { (range, access) };
         self.gets.insert(request, Get { file, range, extend, limit: None });
         self.step(Input::Get { request, node: node_id(node), file: file_id(file), range, access });
     }

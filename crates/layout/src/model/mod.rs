@@ -83,10 +83,31 @@ struct Message {
 
 #[derive(Debug, Clone)]
 enum Body {
-    Get { file: usize, range: ByteRange, access: Access, extend: bool },
-    Grant { file: usize, seq: u64, range: ByteRange, access: Access, extents: Vec<Extent>, eof: Option<EofRight> },
-    Recall { file: usize, recall_id: u64, range: ByteRange, up_to_seq: u64, keep_read: bool },
-    Return { file: usize, answer: Return },
+    Get {
+        file: usize,
+        range: ByteRange,
+        access: Access,
+        extend: bool,
+    },
+    Grant {
+        file: usize,
+        seq: u64,
+        range: ByteRange,
+        access: Access,
+        extents: Vec<Extent>,
+        eof: Option<EofRight>,
+    },
+    Recall {
+        file: usize,
+        recall_id: u64,
+        range: ByteRange,
+        up_to_seq: u64,
+        keep_read: bool,
+    },
+    Return {
+        file: usize,
+        answer: Return,
+    },
 }
 
 #[derive(Debug)]
@@ -243,7 +264,8 @@ impl World {
                 }
             }
             Outcome::Miss => {
-                let extend = file == GROWING && kind != Kind::Read && range.end > floor(self.files[file].size);
+                let extend =
+                    file == GROWING && kind != Kind::Read && range.end > floor(self.files[file].size);
                 self.send(node, Body::Get { file, range, access, extend });
             }
         }

@@ -94,29 +94,12 @@ impl World {
                     self.answer_map(mapping[which], how);
                 }
             }
-            Action::CancelGet { which } => {
-                if let Some(which) = pick(which, self.gets.len()) {
-                    let request = self.gets.keys().nth(which).copied().unwrap();
-                    self.step(Input::CancelGet { request });
-                }
-            }
-            Action::Release { which, truncate } => {
-                if let Some(which) = pick(which, self.guards.len()) {
-                    let request = self.guards.keys().nth(which).copied().unwrap();
-                    self.release(request, truncate)?;
-                }
-            }
-            _ => self.act_on_node(action),
-        }
-        Ok(())
-    }
-
-    fn act_on_node(&mut self, action: &Action) {
-        match *action {
+            Action::CancelGet { which } => self.cancel_any(which),
             Action::Guard { file, blocks, to_end, except, keep_read } => {
                 let end = if to_end { u64::MAX } else { blocks.end * BLOCK };
                 self.guard(file, ByteRange::new(blocks.start * BLOCK, end), except, keep_read);
             }
+            Action::Release { which, truncate } => self.release_any(which, truncate)?,
             Action::GiveBack { node, file, blocks } => {
                 self.give_back(node, file, ByteRange::new(blocks.start * BLOCK, blocks.end * BLOCK));
             }
@@ -129,7 +112,21 @@ impl World {
             Action::LoseLease { node } => self.node_gone(node),
             Action::Rejoin { node } => self.rejoin(node),
             Action::FailOver => self.fail_over(),
-            _ => unreachable!("handled by act_on"),
+        }
+        Ok(())
+    }
+
+    fn cancel_any(&mut self, which: usize) {
+        if let Some(which) = pick(which, self.gets.len()) {
+            let request = self.gets.keys().nth(which).copied().unwrap();
+            self.step(Input::CancelGet { request });
+        }
+    }
+
+    fn release_any(&mut self, which: usize, truncate: bool) -> Result<(), String> {
+        match pick(which, self.guards.len()) {
+            Some(which) => self.release(self.guards.keys().nth(which).copied().unwrap(), truncate),
+            None => Ok(()),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! What is lent of one file, and the queue of those who want some of it.
 
 use super::pieces::Pieces;
+use super::waiter::{Admitted, Recalled, Waiter, Want};
 use super::{Effect, Numbers, RequestId, TableConfig, Tick};
 use crate::Access;
 use crate::mutation::{Mutant, Mutation};
@@ -16,94 +17,6 @@ pub(super) struct FileState {
     /// Gets in `queue`.
     gets: usize,
     deadline: Option<Tick>,
-}
-
-/// What a request wants.
-#[derive(Debug, Clone, Copy)]
-enum Want {
-    Get {
-        node: NodeId,
-        access: Access,
-        /// Given up while it was being mapped.
-        cancelled: bool,
-    },
-    Guard {
-        except: Option<NodeId>,
-        keep_read: bool,
-    },
-}
-
-/// A request as it comes in.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Admitted {
-    range: ByteRange,
-    want: Want,
-}
-
-#[derive(Debug)]
-struct Waiter {
-    request: RequestId,
-    /// What was asked; while a get is mapped, its limit.
-    range: ByteRange,
-    want: Want,
-    /// A get is being mapped, a guard is held.
-    active: bool,
-    /// Unanswered recalls for this request.
-    recalls: Vec<Recalled>,
-}
-
-/// A recall under way.
-#[derive(Debug, Clone, Copy)]
-struct Recalled {
-    id: u64,
-    node: NodeId,
-    up_to_seq: u64,
-    first_ms: Tick,
-    last_ms: Tick,
-}
-
-impl Admitted {
-    pub(super) fn get(range: ByteRange, node: NodeId, access: Access) -> Self {
-        Admitted { range, want: Want::Get { node, access, cancelled: false } }
-    }
-
-    pub(super) fn guard(range: ByteRange, except: Option<NodeId>, keep_read: bool) -> Self {
-        Admitted { range, want: Want::Guard { except, keep_read } }
-    }
-
-    pub(super) fn range(&self) -> ByteRange {
-        self.range
-    }
-}
-
-impl Want {
-    /// The node whose grants are not in the way, and the weakest access of the others that is.
-    fn against(self) -> (Option<NodeId>, Access) {
-        match self {
-            Want::Get { node, access: Access::Exclusive, .. } => (Some(node), Access::Read),
-            Want::Get { node, access: Access::Read | Access::Write, .. } => (Some(node), Access::Exclusive),
-            Want::Guard { except, keep_read: true } => (except, Access::Write),
-            Want::Guard { except, keep_read: false } => (except, Access::Read),
-        }
-    }
-
-    /// Are these gets of two nodes that must not both be granted?
-    fn conflicts(self, other: Want) -> bool {
-        match (self, other) {
-            (Want::Get { node: a, access: x, .. }, Want::Get { node: b, access: y, .. }) => {
-                a != b && !x.compatible(y)
-            }
-            (Want::Guard { .. }, _) | (_, Want::Guard { .. }) => false,
-        }
-    }
-
-    fn keep_read(self) -> bool {
-        matches!(self, Want::Guard { keep_read: true, .. })
-    }
-
-    fn is_guard(self) -> bool {
-        matches!(self, Want::Guard { .. })
-    }
 }
 
 impl FileState {
@@ -234,7 +147,11 @@ impl FileState {
             let (except, floor) = w.want.against();
             w.active
                 && w.range.overlaps(&range)
-                && if w.want.is_guard() { except != Some(node) && access >= floor } else { w.want.conflicts(want) }
+                && if w.want.is_guard() {
+                    except != Some(node) && access >= floor
+                } else {
+                    w.want.conflicts(want)
+                }
         };
         !self.grants.iter().any(lent) && !self.queue.values().any(in_way)
     }
@@ -374,31 +291,5 @@ impl FileState {
         };
         self.deadline = recalls.filter(|recall| !fencing.contains(&recall.node)).map(due).min();
         self.deadline
-    }
-}
-
-impl Waiter {
-    /// Forgets recalls that were answered, sends those that are missing.
-    fn recall(
-        &mut self,
-        now: Tick,
-        file: FileId,
-        in_way: &BTreeMap<NodeId, (u64, u64)>,
-        numbers: &mut Numbers,
-        effects: &mut Vec<Effect>,
-    ) {
-        self.recalls.retain(|r| in_way.get(&r.node).is_some_and(|&(oldest, _)| oldest <= r.up_to_seq));
-        for (&node, &(_, newest)) in in_way {
-            if self.recalls.iter().any(|r| r.node == node && r.up_to_seq >= newest) {
-                continue;
-            }
-            let keep_read = self.want.keep_read();
-            numbers.recall += 1;
-            let id = numbers.recall * 2 + u64::from(keep_read);
-            let up_to_seq = numbers.seq;
-            self.recalls.push(Recalled { id, node, up_to_seq, first_ms: now, last_ms: now });
-            let range = self.range;
-            effects.push(Effect::Recall { node, file, range, up_to_seq, recall_id: id, keep_read });
-        }
     }
 }

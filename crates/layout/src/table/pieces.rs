@@ -144,7 +144,10 @@ mod tests {
         assert!(!pieces.covers(r(19, 40), Access::Exclusive));
         assert!(!pieces.covers(r(90, 101), Access::Read));
         pieces.update(r(0, 100), |held| held.take(2, true));
-        assert_eq!(pieces.iter().map(|(range, _)| range).collect::<Vec<_>>(), [r(0, 20), r(20, 40), r(40, 100)]);
+        assert_eq!(
+            pieces.iter().map(|(range, _)| range).collect::<Vec<_>>(),
+            [r(0, 20), r(20, 40), r(40, 100)]
+        );
         pieces.update(r(10, 100), |held| held.take(2, false));
         assert_eq!(pieces.iter().map(|(range, _)| range).collect::<Vec<_>>(), [r(0, 10)]);
     }
