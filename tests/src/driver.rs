@@ -70,6 +70,12 @@ impl<N: Node> Driver<N> {
         }
     }
 
+    /// Gives the nodes back.
+    #[must_use]
+    pub fn into_nodes(self) -> Vec<N> {
+        self.nodes
+    }
+
     /// Does `steps` operations; `between` is called before each with its number.
     ///
     /// # Errors

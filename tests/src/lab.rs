@@ -190,7 +190,7 @@ impl Lab {
     /// Refused, or not in effect in time.
     pub fn redirect(&self, node: &str, on: bool) -> anyhow::Result<()> {
         let word = if on { "on" } else { "off" };
-        self.ctl(node, &["volume", "redirect", word, VOLUME, "--node", node])?;
+        self.ctl(node, &["volume", "redirect", word, "--volume", VOLUME, "--node", node])?;
         wait::until(&format!("redirect {word} on {node}"), MODE_DEADLINE, || {
             Ok(((self.state(node)?.mode == "fs-redirected") == on).then_some(()))
         })
@@ -201,7 +201,7 @@ impl Lab {
     /// # Errors
     /// csvctl fails or prints something else.
     pub fn map(&self, node: &str, path: &str) -> anyhow::Result<Vec<MapExtent>> {
-        let text = self.ctl(node, &["volume", "map", path, "--json"])?;
+        let text = self.ctl(node, &["volume", "map", &format!("{MOUNT}/{path}"), "--json"])?;
         serde_json::from_str(&text).with_context(|| format!("map of {path}: {text}"))
     }
 
@@ -219,21 +219,9 @@ impl Lab {
     /// # Errors
     /// A node does not stop, the file system is not clean, or something is left behind.
     pub fn finish(mut self) -> anyhow::Result<()> {
-        let agent = tools::agent()?;
+        // Data servers first, so that the coordinator has nothing to take back.
         for node in ["n1", "n3", "n2"] {
-            let argv = [
-                agent.as_os_str(),
-                "admin".as_ref(),
-                "/run/csv/csvd.sock".as_ref(),
-                r#"{"request":"stop"}"#.as_ref(),
-            ];
-            let answer = self.exec(node, &argv, COMMAND_DEADLINE)?.ok(&format!("stopping {node}"))?;
-            if !answer.contains(r#""answer":"ok""#) {
-                bail!("stopping {node}: {answer}");
-            }
-            wait::until(&format!("{node} unmounted"), COMMAND_DEADLINE, || {
-                Ok((!self.sh(node, "cat /proc/self/mounts")?.contains(MOUNT)).then_some(()))
-            })?;
+            self.lab("stop", &[node])?;
         }
         fsck::check(&self.lun_image(), &self.fs)?;
         self.down()

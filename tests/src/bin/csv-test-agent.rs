@@ -2,9 +2,12 @@
 //!
 //! `csv-test-agent serve DIR`: one operation per line on standard input, one answer per line on standard output;
 //! ends at the end of input. `csv-test-agent admin SOCKET JSON`: sends one admin request and prints the answer.
+//! `csv-test-agent fill DIR MIB`: fills the file system with pattern files of that size and prints their number;
+//! `csv-test-agent verify DIR MIB FILES` compares every byte of them.
 
 use anyhow::{Context as _, bail};
 use csv_tests::agent::Agent;
+use csv_tests::files;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -12,12 +15,24 @@ use std::time::Duration;
 /// A clean stop of a node writes back and unmounts before it answers.
 const ADMIN_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Far more than a lab's volume can hold.
+const FILL_FILES_MAX: u64 = 100_000;
+
 fn main() -> anyhow::Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["serve", dir] => serve(dir),
         ["admin", socket, request] => admin(socket, request),
-        _ => bail!("usage: csv-test-agent serve DIR | admin SOCKET JSON"),
+        ["fill", dir, mib] => {
+            let files = files::fill(dir.as_ref(), mib.parse().context("MIB")?, FILL_FILES_MAX)?;
+            writeln!(std::io::stdout(), "{files}").context("printing the number")
+        }
+        ["verify", dir, mib, count] => {
+            files::verify(dir.as_ref(), mib.parse().context("MIB")?, count.parse().context("FILES")?)
+        }
+        _ => {
+            bail!("usage: csv-test-agent serve DIR | admin SOCKET JSON | fill DIR MIB | verify DIR MIB FILES")
+        }
     }
 }
 

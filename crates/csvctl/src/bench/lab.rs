@@ -128,16 +128,17 @@ impl BenchLab {
         Ok(lun.to_string_lossy().into_owned())
     }
 
-    /// Where a file of the volume lies on the LUN.
+    /// Where a file of the volume lies on the LUN; by its path below the mount point.
     pub(super) fn map(&self, path: &str) -> anyhow::Result<Vec<MapExtent>> {
-        let text = self.ctl(&self.coordinator, &["volume", "map", path, "--json"])?;
+        let path = format!("{}/{path}", self.mount_point());
+        let text = self.ctl(&self.coordinator, &["volume", "map", &path, "--json"])?;
         serde_json::from_str(&text).with_context(|| format!("reading the map of {path}: {text}"))
     }
 
     /// Switches a node's redirection and waits until its state says so.
     pub(super) fn redirect(&self, node: &str, on: bool) -> anyhow::Result<()> {
         let word = if on { "on" } else { "off" };
-        self.ctl(node, &["volume", "redirect", word, &self.volume, "--node", node])?;
+        self.ctl(node, &["volume", "redirect", word, "--volume", &self.volume, "--node", node])?;
         let deadline = Instant::now() + MODE_WAIT;
         loop {
             let rows = self.state(node)?;
