@@ -72,8 +72,8 @@ pub(crate) fn advise(error: ClientError) -> anyhow::Error {
             "only root may ask csvd; run csvctl as root"
         }
         ClientError::Connect { .. } => {
-            "csvd is not running; start it with `systemctl start csvd` or `csvd --config FILE`, \
-             in a lab with `csvctl lab restart NODE`"
+            "csvd is not running; start it with `csvd --config FILE`, in a lab \
+             with `csvctl lab restart NODE`"
         }
         ClientError::Unknown { .. } => {
             "the request may have been carried out; look at `csvctl volume state` and repeat it if need be"

@@ -3,7 +3,7 @@
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{AsFd, OwnedFd};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 use std::fs;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
@@ -61,6 +61,12 @@ impl Process {
         let _ = pidfd_send_signal(&self.pidfd, signal);
     }
 
+    /// Ends what the process left behind in its process group: workers of a dead csvfs serve nobody.
+    pub(crate) fn kill_group(&self) {
+        // No such group is the usual case.
+        let _ = kill_process_group(self.pid, Signal::KILL);
+    }
+
     /// Waits until the process ends, `order` is readable or the time is over.
     pub(crate) fn wait(&self, order: Option<&OwnedFd>, limit: Option<Duration>) -> io::Result<Woken> {
         let mut fds = vec![PollFd::new(&self.pidfd, PollFlags::IN)];
@@ -81,10 +87,11 @@ impl Process {
 
     /// How it ended, in words. Call after `Woken::Exited`.
     pub(crate) fn outcome(&mut self) -> String {
-        match self.child.as_mut().map(Child::wait) {
+        match self.child.as_mut().map(Child::try_wait) {
             None => "ended".to_owned(),
             Some(Err(e)) => format!("ended (status unknown: {e})"),
-            Some(Ok(status)) => match (status.code(), status.signal()) {
+            Some(Ok(None)) => "does not end, it hangs in the kernel".to_owned(),
+            Some(Ok(Some(status))) => match (status.code(), status.signal()) {
                 (Some(code), _) => format!("ended with exit status {code}"),
                 (None, Some(signal)) => format!("was killed by signal {signal}"),
                 (None, None) => "ended".to_owned(),

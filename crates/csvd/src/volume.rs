@@ -128,6 +128,11 @@ impl Volume {
         lock(&self.status).pid
     }
 
+    fn set_pid(&self, pid: Option<i32>) {
+        lock(&self.status).pid = pid;
+        self.changed.notify_all();
+    }
+
     /// Passes a request on to csvfs.
     pub(crate) fn ask(&self, request: &Request, limit: Duration) -> Result<Answer, ClientError> {
         client::call(&self.socket(), request, limit)
@@ -169,12 +174,13 @@ impl Volume {
                 Ok(process) => self.watch(process),
                 Err(e) => format!("could not be started: {e:#}"),
             };
-            if lock(&self.status).order == Order::Stop {
-                break;
-            }
             backoff = if started.elapsed() >= HEALTHY_AFTER { BACKOFF_MIN } else { backoff };
-            let text = format!("csvfs of {} {why}; next start in {} ms", self.name, backoff.as_millis());
-            lock(log).add(&self.name, "csvfs-ended", text);
+            let next = match lock(&self.status).order {
+                Order::Run => format!("next start in {} ms", backoff.as_millis()),
+                Order::StayDead => "it stays down".to_owned(),
+                Order::Stop => break,
+            };
+            lock(log).add(&self.name, "csvfs-ended", format!("csvfs of {} {why}; {next}", self.name));
             self.pause(backoff);
             backoff = (backoff * 2).min(BACKOFF_MAX);
         }
@@ -201,7 +207,7 @@ impl Volume {
 
     /// Stays with the process until it ends, by itself or by order. Returns how it ended.
     fn watch(&self, mut process: Process) -> String {
-        lock(&self.status).pid = Some(process.pid());
+        self.set_pid(Some(process.pid()));
         if let Err(e) = self.write_pid_file(process.pid()) {
             tracing::warn!(volume = self.name, error = %e, "cannot write the pid file");
         }
@@ -222,8 +228,10 @@ impl Volume {
                 }
             }
         }
+        // Before the process is reaped: so long its number cannot be given to another group.
+        process.kill_group();
         let outcome = process.outcome();
-        lock(&self.status).pid = None;
+        self.set_pid(None);
         outcome
     }
 
@@ -301,5 +309,79 @@ fn detach_dead_mount(mount_point: &Path) {
         if let Err(e) = unmount(mount_point, UnmountFlags::DETACH) {
             tracing::warn!(path = %mount_point.display(), error = %e, "cannot detach the dead mount");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use csv_types::NodeId;
+    use std::os::unix::fs::PermissionsExt;
+    use std::sync::Arc;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    /// A csvfs that never listens: enough to be supervised.
+    fn volume(dir: &Path) -> Arc<Volume> {
+        let program = dir.join("csvfs");
+        fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+        let paths = VolumePaths {
+            program,
+            config: dir.join("csv.toml"),
+            run_dir: dir.to_owned(),
+            mount_point: dir.join("mount"),
+        };
+        Arc::new(Volume::new("Volume1".into(), paths).unwrap())
+    }
+
+    fn wait_pid(volume: &Volume, wanted: impl Fn(Option<i32>) -> bool) -> Option<i32> {
+        let status = lock(&volume.status);
+        let (status, result) =
+            volume.changed.wait_timeout_while(status, LIMIT, |status| !wanted(status.pid)).unwrap();
+        assert!(!result.timed_out(), "pid stays {:?}", status.pid);
+        status.pid
+    }
+
+    fn kill(pid: Option<i32>) {
+        Process::adopt(pid.and_then(Pid::from_raw).unwrap()).unwrap().signal(Signal::KILL);
+    }
+
+    #[test]
+    fn a_dead_csvfs_is_started_again_until_told_otherwise() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = volume(dir.path());
+        let log = Arc::new(Mutex::new(EventLog::open(dir.path(), NodeId(1))));
+        let (supervisor, its_log) = (Arc::clone(&volume), Arc::clone(&log));
+        let thread = std::thread::spawn(move || supervisor.supervise(&its_log));
+
+        let first = wait_pid(&volume, |pid| pid.is_some());
+        kill(first);
+        let second = wait_pid(&volume, |pid| pid.is_some() && pid != first);
+        volume.order(Order::StayDead);
+        kill(second);
+        wait_pid(&volume, |pid| pid.is_none());
+        volume.order(Order::Stop);
+        volume.wait_ended();
+        thread.join().unwrap();
+
+        let kinds: Vec<String> = lock(&log).after(0).into_iter().map(|event| event.kind).collect();
+        assert_eq!(kinds, ["csvfs-started", "csvfs-ended", "csvfs-started", "csvfs-ended"]);
+        assert!(!volume.pid_file().exists());
+    }
+
+    #[test]
+    fn stop_ends_a_running_csvfs() {
+        let dir = tempfile::tempdir().unwrap();
+        let volume = volume(dir.path());
+        let log = Arc::new(Mutex::new(EventLog::open(dir.path(), NodeId(1))));
+        let supervisor = Arc::clone(&volume);
+        let thread = std::thread::spawn(move || supervisor.supervise(&log));
+        let pid = wait_pid(&volume, |pid| pid.is_some());
+        let process = Process::adopt(pid.and_then(Pid::from_raw).unwrap()).unwrap();
+        volume.order(Order::Stop);
+        volume.wait_ended();
+        thread.join().unwrap();
+        assert_eq!(process.wait(None, Some(Duration::ZERO)).unwrap(), Woken::Exited);
     }
 }

@@ -73,12 +73,15 @@ pub(super) fn stop_many(lab: &mut Lab, names: &[String]) -> anyhow::Result<()> {
     names.iter().try_for_each(|name| stop(lab, name))
 }
 
-/// Starts the node, stopping it cleanly first where it runs, and waits until it serves the volume if `wait_s` is
-/// not zero.
-pub(super) fn restart(lab: &mut Lab, name: &str, wait_s: u64) -> anyhow::Result<()> {
+/// Starts the node, stopping it cleanly first where it runs.
+pub(super) fn restart(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     lab.node(name)?;
     stop(lab, name)?;
-    node::start(lab, name)?;
+    node::start(lab, name)
+}
+
+/// Waits until the node serves the volume or, with `wait_s` 0, until its csvd answers.
+pub(super) fn wait_started(lab: &Lab, name: &str, wait_s: u64) -> anyhow::Result<()> {
     if wait_s > 0 {
         return ready::wait(lab, name, Duration::from_secs(wait_s));
     }

@@ -104,6 +104,10 @@ impl NodeArg {
     fn load(&self) -> anyhow::Result<Lab> {
         load(self.name.as_deref())
     }
+
+    fn load_to_change(&self) -> anyhow::Result<(Lab, spec::LabLock)> {
+        Lab::load_to_change(&choose(self.name.as_deref())?)
+    }
 }
 
 fn load(name: Option<&str>) -> anyhow::Result<Lab> {
@@ -130,9 +134,20 @@ pub(crate) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
             let lab = load(args.name.as_deref())?;
             return enter::exec(&lab, &args.node, &args.command).map(ExitCode::from);
         }
-        LabCommand::Crash(arg) => faults::crash(&mut arg.load()?, &arg.node)?,
-        LabCommand::Stop { name, nodes } => faults::stop_many(&mut load(name.as_deref())?, &nodes)?,
-        LabCommand::Restart { node, wait_s } => faults::restart(&mut node.load()?, &node.node, wait_s)?,
+        LabCommand::Crash(arg) => {
+            let (mut lab, _lock) = arg.load_to_change()?;
+            faults::crash(&mut lab, &arg.node)?;
+        }
+        LabCommand::Stop { name, nodes } => {
+            let (mut lab, _lock) = Lab::load_to_change(&choose(name.as_deref())?)?;
+            faults::stop_many(&mut lab, &nodes)?;
+        }
+        LabCommand::Restart { node, wait_s } => {
+            let (mut lab, lock) = node.load_to_change()?;
+            faults::restart(&mut lab, &node.node)?;
+            drop(lock);
+            faults::wait_started(&lab, &node.node, wait_s)?;
+        }
         LabCommand::Partition { node, from } => {
             faults::partition(&node.load()?, &node.node, from.as_deref())?;
         }

@@ -115,6 +115,12 @@ impl RegistryLock {
     }
 }
 
+/// Held while nodes of one lab are stopped and started.
+#[derive(Debug)]
+pub(crate) struct LabLock {
+    _file: File,
+}
+
 fn link(name: &str) -> PathBuf {
     Path::new(REGISTRY).join(name)
 }
@@ -192,6 +198,14 @@ impl Lab {
             )
         })?;
         serde_json::from_str(&text).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// As `load`, keeping other commands that change the lab waiting for as long as the lock lives.
+    pub(crate) fn load_to_change(name: &str) -> anyhow::Result<(Lab, LabLock)> {
+        let path = dir_of(name)?.join("lab.lock");
+        let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        flock(&file, FlockOperation::LockExclusive)?;
+        Ok((Lab::load(name)?, LabLock { _file: file }))
     }
 
     pub(crate) fn save(&self) -> anyhow::Result<()> {

@@ -44,7 +44,7 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value = "Volume1")]
     volume: String,
     /// Lease of the layouts in milliseconds; the recall time is half of it.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(500..=600_000))]
     lease_ms: Option<u64>,
     /// How long an operation waits for an unreachable coordinator, in milliseconds.
     #[arg(long)]
