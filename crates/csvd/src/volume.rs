@@ -360,7 +360,12 @@ mod tests {
         let second = wait_pid(&volume, |pid| pid.is_some() && pid != first);
         volume.order(Order::StayDead);
         kill(second);
-        wait_pid(&volume, |pid| pid.is_none());
+        let stays_down = || lock(&log).after(0).iter().any(|event| event.message.ends_with("stays down"));
+        let deadline = Instant::now() + LIMIT;
+        while !stays_down() {
+            assert!(Instant::now() < deadline, "no event of the power cut");
+            std::thread::yield_now();
+        }
         volume.order(Order::Stop);
         volume.wait_ended();
         thread.join().unwrap();
