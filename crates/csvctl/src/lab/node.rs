@@ -57,6 +57,7 @@ pub(crate) fn init(args: &InitArgs) -> anyhow::Result<()> {
 fn make_mounts(dir: &Path) -> anyhow::Result<()> {
     // Copies of other labs' namespaces would keep them alive for as long as this node lives.
     while unmount("/run/netns", UnmountFlags::DETACH).is_ok() {}
+    detach_volumes();
     let tmpfs = |path: &str| {
         mount("csv-lab", path, "tmpfs", MountFlags::NOSUID, c"mode=0755,size=64m")
             .with_context(|| format!("cannot mount {path}"))
@@ -70,6 +71,16 @@ fn make_mounts(dir: &Path) -> anyhow::Result<()> {
     bind("etc", "/etc/csv")?;
     mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None).context("cannot mount /sys")?;
     mount("proc", "/proc", "proc", MountFlags::empty(), None).context("cannot mount /proc")
+}
+
+/// Takes volumes that the host itself has mounted out of this node: a copy would keep them busy.
+fn detach_volumes() {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    for line in mounts.lines().filter(|line| line.contains(" - fuse.csvfs ")) {
+        if let Some(path) = line.split(' ').nth(4) {
+            let _ = unmount(path.replace("\\040", " "), UnmountFlags::DETACH);
+        }
+    }
 }
 
 /// Writes the node's csv.toml for its present LUN device.

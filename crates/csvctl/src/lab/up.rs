@@ -203,5 +203,5 @@ fn start(lab: &mut Lab, args: &UpArgs, progress: &ProgressBar) -> anyhow::Result
         progress.set_message(format!("waiting for {name} to serve {}", lab.volume));
         ready::wait(lab, name, Duration::from_secs(args.timeout_s))?;
     }
-    Ok(())
+    ready::wait_all(lab, Duration::from_secs(args.timeout_s))
 }
