@@ -14,6 +14,7 @@ pub(crate) struct Layout {
     pub(crate) conf: PathBuf,
     pub(crate) user_map: PathBuf,
     pub(crate) log_dir: PathBuf,
+    /// The name smbd gives it by itself, before it has read its configuration.
     pub(crate) log: PathBuf,
     pub(crate) private: PathBuf,
     pub(crate) state: PathBuf,
@@ -31,7 +32,7 @@ impl Layout {
             conf: base_dir.join("smb.conf"),
             user_map: base_dir.join("user.map"),
             log_dir: base_dir.join("log"),
-            log: base_dir.join("log/smbd.log"),
+            log: base_dir.join("log/log.smbd"),
             private: base_dir.join("private"),
             state: base_dir.join("state"),
             cache: base_dir.join("cache"),
