@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Target {
     pub(super) path: String,
+    /// A block device, possibly one with a mounted file system; the range is known to be ours.
+    pub(super) device: bool,
     pub(super) offset: u64,
     pub(super) len: u64,
 }
@@ -65,6 +67,9 @@ pub(super) fn argv(shape: Shape, target: &Target, extent: Extent) -> Vec<String>
     .map(str::to_owned)
     .to_vec();
     argv.push(format!("--filename={}", target.path));
+    if target.device {
+        argv.push("--allow_mounted_write=1".into());
+    }
     argv.push(format!("--rw={}", shape.rw));
     argv.push(format!("--bs={}", shape.block_bytes));
     argv.push(format!("--iodepth={}", shape.depth));
@@ -177,13 +182,15 @@ mod tests {
 
     #[test]
     fn a_job_on_existing_data_never_creates_files() {
-        let target = Target { path: "/dev/x".into(), offset: 4096, len: 8192 };
+        let target = Target { path: "/file".into(), device: false, offset: 4096, len: 8192 };
         let timed = argv(SHAPE, &target, Extent::Seconds(3));
         for want in ["--allow_file_create=0", "--offset=4096", "--size=8192", "--runtime=3", "--time_based"] {
             assert!(timed.iter().any(|arg| arg == want), "{want} in {timed:?}");
         }
         let new = argv(SHAPE, &target, Extent::OnceNew);
         assert!(new.iter().any(|arg| arg == "--create_on_open=1"));
-        assert!(!new.iter().any(|arg| arg.starts_with("--allow_file_create")));
+        assert!(!new.iter().any(|arg| arg.starts_with("--allow")));
+        let raw = argv(SHAPE, &Target { device: true, ..target }, Extent::Once);
+        assert!(raw.iter().any(|arg| arg == "--allow_mounted_write=1"));
     }
 }

@@ -14,6 +14,8 @@ use std::path::PathBuf;
 
 /// Directory of the benchmark on the volume.
 const DIR: &str = "csv-bench";
+/// The cost of starting fio is the least of so many starts.
+const START_PROBES: usize = 3;
 /// The bench file may be made this many times larger to find room in one piece.
 const GROW_MAX: u32 = 2;
 
@@ -25,6 +27,8 @@ struct Stage<'a> {
     raw_node: String,
     device: String,
     region: Region,
+    /// Processor time of starting fio as on a node, which is not the job's and is taken off.
+    start_us: u64,
     /// Modes that this lab can show, with their nodes.
     ways: Vec<(ModeName, String)>,
     /// The program that drives libsmbclient alone, when it is installed beside csvctl.
@@ -47,15 +51,17 @@ fn measure_in(lab: &BenchLab, plan: &Plan, dir: &str) -> anyhow::Result<Outcome>
     lab.exec(&lab.coordinator, &["mkdir", dir])?;
     let raw_node = lab.direct.clone().unwrap_or_else(|| lab.coordinator.clone());
     let smb_reference = smb_reference_program();
-    let stage = Stage {
+    let mut stage = Stage {
         lab,
         plan,
         device: lab.lun(&raw_node)?,
         raw_node,
         region: lay_out(lab, plan, dir)?,
+        start_us: 0,
         ways: ways(lab, plan, smb_reference.is_some()),
         smb_reference,
     };
+    stage.start_us = stage.start_cost_us()?;
     let mut measured = Vec::new();
     let bar = progress_bar(&stage);
     for job in plan.jobs.iter().copied().filter(|job| job.shape().is_some()) {
@@ -137,11 +143,12 @@ impl Stage<'_> {
             (true, true) => (self.raw_target(alloc_len), Extent::Once),
             (false, false) => {
                 let path = format!("{dir}/data");
-                let target = Target { path, offset: self.region.file_offset, len: self.region.len };
+                let target =
+                    Target { path, device: false, offset: self.region.file_offset, len: self.region.len };
                 (target, Extent::Seconds(self.plan.runtime_s))
             }
             (false, true) => {
-                let target = Target { path: format!("{dir}/new"), offset: 0, len: alloc_len };
+                let target = Target { path: format!("{dir}/new"), device: false, offset: 0, len: alloc_len };
                 (target, Extent::OnceNew)
             }
         };
@@ -152,11 +159,23 @@ impl Stage<'_> {
             self.lab.exec(node, &["rm", &target.path])?;
         }
         let sample = fio::parse(&text, shape.write)?;
-        Ok((sample, per_io(busy_us, sample.ios)))
+        Ok((sample, per_io(busy_us.saturating_sub(self.start_us), sample.ios)))
+    }
+
+    fn start_cost_us(&self) -> anyhow::Result<u64> {
+        let shape = Job::RandreadQd1.shape().context("not a fio job")?;
+        let argv = fio::argv(shape, &self.raw_target(shape.block_bytes), Extent::Once);
+        let mut least = u64::MAX;
+        for _ in 0..START_PROBES {
+            let before = Busy::now()?;
+            self.lab.exec(&self.raw_node, &argv).context("starting fio on the raw LUN")?;
+            least = least.min(Busy::now()?.since_us(before));
+        }
+        Ok(least)
     }
 
     fn raw_target(&self, len: u64) -> Target {
-        Target { path: self.device.clone(), offset: self.region.lun_offset, len }
+        Target { path: self.device.clone(), device: true, offset: self.region.lun_offset, len }
     }
 
     /// libsmbclient alone on the same stretch of the same file; `None` for jobs without a counterpart.
