@@ -8,6 +8,8 @@ use common::{config, free_port, pattern, serve, serve_with};
 use csv_smb::smbd::{Smbd, SmbdError};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -81,14 +83,26 @@ fn an_smbd_that_lost_its_supervisor_is_replaced() {
     let server = serve();
     let pool = server.pool();
     pool.ping().unwrap();
-    let orphan = server.smbd.pid().unwrap();
-    let mut again = config(&server.dir, server.port);
-    again.password = common::PASSWORD.into();
-    // As after a crash of the supervisor: nobody stops the old one.
-    std::mem::forget(server.smbd);
-    let (told, _events) = std::sync::mpsc::channel();
-    let next = Smbd::start(again, Box::new(move |event| drop(told.send(event)))).unwrap();
-    assert_ne!(next.pid(), Some(orphan));
+    let again = config(&server.dir, server.port);
+    server.smbd.stop();
+    // What a supervisor that was killed leaves behind.
+    let mut orphan = Command::new("smbd")
+        .args(["--foreground", "--no-process-group", "--configfile"])
+        .arg(again.base_dir.join("smb.conf"))
+        .arg("--log-basename")
+        .arg(again.base_dir.join("log"))
+        .stdin(Stdio::null())
+        .process_group(0)
+        .spawn()
+        .unwrap();
+    while TcpStream::connect((Ipv4Addr::LOCALHOST, server.port)).is_err() {
+        assert!(orphan.try_wait().unwrap().is_none(), "the orphan ended");
+        std::thread::yield_now();
+    }
+    pool.ping().unwrap();
+    let next = Smbd::start(again, Box::new(|_| ())).unwrap();
+    assert_ne!(next.pid(), Some(orphan.id()));
+    assert!(!orphan.wait().unwrap().success());
     pool.ping().unwrap();
 }
 
