@@ -249,7 +249,9 @@ impl Coordinator {
             return;
         };
         match *waits {
-            Waits::Nothing | Waits::Cancelled => {}
+            // It has not come to its wait yet.
+            Waits::Nothing => *waits = Waits::Cancelled,
+            Waits::Cancelled => {}
             Waits::Lock(request) => self.cancel_lock(core, request),
             Waits::Get(request) => {
                 *waits = Waits::Cancelled;

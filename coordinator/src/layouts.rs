@@ -226,13 +226,11 @@ impl Coordinator {
                 return Err(Errno::SHUTDOWN);
             }
             let request = RequestId(core.number());
+            if !core.waits_for(call, Waits::Get(request)) {
+                return Err(Errno::INTR);
+            }
             let (tx, map) = oneshot::channel();
             core.gets.insert(request, PendingGet { call, map: Some(tx), plan: None });
-            if let Some(waits) =
-                core.session(call.node, call.session).and_then(|s| s.running.get_mut(&call.id))
-            {
-                *waits = Waits::Get(request);
-            }
             self.step(core, Input::Get { request, node: call.node, file, range, access });
             (request, map)
         };

@@ -49,6 +49,8 @@ mod pushes;
 mod replies;
 mod session;
 mod state;
+#[cfg(test)]
+mod tests;
 
 pub use block::BlockGuard;
 pub use coordinator::{Coordinator, StartError};

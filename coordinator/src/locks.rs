@@ -35,12 +35,10 @@ impl Coordinator {
         let request = request(call.at, file, set.owner, &lock, kind, set.wait)?;
         let core = &mut *self.core.lock();
         let number = core.number();
-        core.lock_calls.insert(number, call.at);
-        if let Some(waits) =
-            core.session(call.at.node, call.at.session).and_then(|s| s.running.get_mut(&call.at.id))
-        {
-            *waits = Waits::Lock(number);
+        if !core.waits_for(call.at, Waits::Lock(number)) && set.wait {
+            return Err(Errno::INTR.into());
         }
+        core.lock_calls.insert(number, call.at);
         let req = RequestId(number);
         let input = if set.reclaim { Input::Reclaim { req, request } } else { Input::Set { req, request } };
         self.lock_step(core, input);

@@ -32,7 +32,7 @@ pub(crate) enum Waits {
     Lock(u64),
     /// A layout.
     Get(RequestId),
-    /// It was ended.
+    /// The caller was interrupted: a wait ends, or does not begin.
     Cancelled,
 }
 
@@ -218,6 +218,19 @@ impl Core {
     /// The session, if it is still the one that is meant.
     pub(crate) fn session(&mut self, node: NodeId, id: u64) -> Option<&mut Session> {
         self.sessions.get_mut(&node).filter(|session| session.id == id)
+    }
+
+    /// Notes what a call is going to wait for; false when it was cancelled already.
+    pub(crate) fn waits_for(&mut self, at: CallRef, what: Waits) -> bool {
+        let Some(waits) = self.session(at.node, at.session).and_then(|s| s.running.get_mut(&at.id)) else {
+            // Its session is over; whatever it waits for is ended with that.
+            return true;
+        };
+        if *waits == Waits::Cancelled {
+            return false;
+        }
+        *waits = what;
+        true
     }
 
     /// Sends to a node. A node that is not connected misses it; what it must not miss is sent again on resume.

@@ -88,9 +88,8 @@ struct Service {
 
 #[tonic::async_trait]
 impl Volume for Service {
-    type SessionStream = std::pin::Pin<
-        Box<dyn tokio_stream::Stream<Item = Result<ServerMessage, Status>> + Send + 'static>,
-    >;
+    type SessionStream =
+        std::pin::Pin<Box<dyn tokio_stream::Stream<Item = Result<ServerMessage, Status>> + Send + 'static>>;
 
     async fn session(
         &self,
@@ -115,7 +114,8 @@ impl Volume for Service {
 impl Service {
     /// The node whose name stands in the peer's certificate.
     fn peer(&self, request: &Request<Streaming<ClientMessage>>) -> Result<NodeId, Status> {
-        let certs = request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
+        let certs =
+            request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
         let names = certs.first().map(|cert| tls::dns_names(cert)).unwrap_or_default();
         let nodes = &self.coordinator.options().nodes;
         if let Some((node, _)) = nodes.iter().find(|(_, name)| names.contains(name)) {
@@ -135,7 +135,8 @@ impl Service {
         };
         if hello.node != node.0 {
             let name = self.coordinator.name(node);
-            let text = format!("the certificate is {name}'s, but Hello says node {}; it was refused", hello.node);
+            let text =
+                format!("the certificate is {name}'s, but Hello says node {}; it was refused", hello.node);
             self.coordinator.event("peer-refused", text.clone());
             return Err(Status::permission_denied(text));
         }
@@ -170,7 +171,8 @@ async fn receive(
             Ok(None) => break,
             Err(status) => {
                 let name = coordinator.name(session.node());
-                coordinator.event("stream-broken", format!("the stream of {name} broke: {}", status.message()));
+                coordinator
+                    .event("stream-broken", format!("the stream of {name} broke: {}", status.message()));
                 break;
             }
         }

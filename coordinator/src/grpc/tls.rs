@@ -68,8 +68,10 @@ pub(super) fn accept(
                 match handshake(&acceptor, stream).await {
                     // The server may be ending.
                     Ok(stream) => drop(connections.send(Ok(stream)).await),
-                    Err(error) => coordinator
-                        .event("peer-refused", format!("the TLS handshake of {addr} failed: {error}; it was refused")),
+                    Err(error) => coordinator.event(
+                        "peer-refused",
+                        format!("the TLS handshake of {addr} failed: {error}; it was refused"),
+                    ),
                 }
             });
         }

@@ -1,0 +1,6 @@
+//! The coordinator against nodes in this process, on real file systems on loop devices.
+
+mod grants;
+mod names;
+pub(crate) mod rig;
+mod sessions;
