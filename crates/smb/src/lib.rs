@@ -13,9 +13,11 @@
 pub mod error;
 pub mod names;
 pub mod pool;
+mod pool_config;
 pub mod serve;
 pub mod smbd;
 mod smbd_conf;
+mod smbd_config;
 mod smbd_setup;
 pub mod wire;
 mod worker;
