@@ -57,10 +57,11 @@ pub(crate) struct RegistryLock {
 impl RegistryLock {
     /// Waits for other commands.
     pub(crate) fn take() -> anyhow::Result<RegistryLock> {
-        fs::create_dir_all(REGISTRY).with_context(|| format!("cannot create {REGISTRY}"))?;
-        let path = Path::new(REGISTRY).join(".lock");
-        let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        // The directory above: it stays, so nobody can wait for a lock on a file that is being removed.
+        let parent = Path::new(REGISTRY).parent().context("the registry has a parent")?;
+        let file = File::open(parent).with_context(|| format!("cannot open {}", parent.display()))?;
         flock(&file, FlockOperation::LockExclusive)?;
+        fs::create_dir_all(REGISTRY).with_context(|| format!("cannot create {REGISTRY}"))?;
         Ok(RegistryLock { _file: file })
     }
 
