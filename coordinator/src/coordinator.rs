@@ -257,6 +257,7 @@ impl Coordinator {
         }
         self.step(core, Input::Tick);
         self.expire(core);
+        self.push_tick(core);
         self.grace_tick(core);
         true
     }

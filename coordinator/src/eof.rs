@@ -60,12 +60,8 @@ impl Coordinator {
         let in_grace = core.grace.is_some();
         if state.settle && !in_grace && !core.stopped {
             self.spawn(|co| async move { co.settle(file).await });
-        } else if state.unlinked
-            && state.opens == 0
-            && !in_grace
-            && !core.table.is_busy(file)
-            && !core.stopped
-        {
+        } else if state.unlinked && state.opens == 0 && !state.freeing && !in_grace && !core.stopped {
+            state.freeing = true;
             self.spawn(|co| async move { co.free_orphan(file).await });
         } else if !state.pending.is_empty() && !core.stopped {
             self.spawn(|co| async move {

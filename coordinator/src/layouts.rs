@@ -282,7 +282,9 @@ impl Coordinator {
         let Ok(file) = csv_proto::file_id(message.file) else { return };
         let Ok(range) = csv_proto::byte_range(message.offset, message.end) else { return };
         self.note_commit(core, node, file, message.size, message.mtime);
-        if let Some(session) = core.sessions.get_mut(&node) {
+        // An odd number answers a recall that let the read right stay; what may be read is asked of the table.
+        let keeps_read = message.recall_id % 2 == 1;
+        if let Some(session) = core.sessions.get_mut(&node).filter(|_| !keeps_read) {
             session.pieces.removed(file, range, message.up_to_seq);
         }
         let (up_to_seq, recall_id) = (message.up_to_seq, message.recall_id);

@@ -5,10 +5,14 @@
 //! is cached. A change is first made, then the others' leases are taken (and their nodes waited for), then it is
 //! answered.
 
+use crate::block::NOBODY;
 use crate::coordinator::Coordinator;
-use crate::state::{Core, Lease};
+use crate::state::{Core, FileState, Lease};
 use csv_proto::{Invalidate, server_message};
 use csv_types::{FileId, NodeId};
+
+/// When there is no room for leases, this part of them is taken back at once.
+const ROOM_SHARE: usize = 16;
 
 /// What of a file a lease is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +82,7 @@ impl Coordinator {
             return None;
         }
         if !core.files.contains_key(&file) && core.files.len() >= self.options.limits.leased_files_max {
+            self.make_room(core);
             return None;
         }
         if let Some((_, number)) = list(core, file, subject).iter().find(|(holder, _)| *holder == node) {
@@ -86,6 +91,22 @@ impl Coordinator {
         let number = core.number();
         list(core, file, subject).push((node, number));
         Some(Note { file, node, subject, number })
+    }
+
+    /// Takes leases of some files back, so that others can be leased.
+    fn make_room(&self, core: &mut Core) {
+        if std::mem::replace(&mut core.making_room, true) {
+            return;
+        }
+        let share = (self.options.limits.leased_files_max / ROOM_SHARE).max(1);
+        let leased = |state: &FileState| !state.attr_leases.is_empty() || !state.names_leases.is_empty();
+        let some = core.files.iter().filter(|(_, state)| leased(state)).map(|(file, _)| *file);
+        let changes: Vec<Change> = some.take(share).map(Change::directory).collect();
+        self.spawn(|co| async move {
+            // In the name of nobody: everybody's leases go.
+            co.changed(NOBODY, &changes).await;
+            co.core.lock().making_room = false;
+        });
     }
 
     /// Tells those who may cache what changed, and waits until they have dropped it. To be called after the change

@@ -23,31 +23,40 @@ impl Coordinator {
         self.look_after(core, file);
     }
 
-    /// Deletes an orphan, if it is still true that nobody needs it.
+    /// Deletes an orphan, if it is still true that nobody has it open. What is lent of it is taken back first.
     pub(crate) async fn free_orphan(&self, file: FileId) {
-        let Ok(_guard) = self.guard(file, ByteRange::ALL, None, false).await else { return };
-        let _lock = self.exclusive(file).await;
-        {
-            let core = self.core.lock();
-            let needed = core.files.get(&file).is_none_or(|state| !state.unlinked || state.opens > 0);
-            if needed || core.grace.is_some() {
-                return;
+        let Ok(guard) = self.guard(file, ByteRange::ALL, None, false).await else { return };
+        let lock = self.exclusive(file).await;
+        let needed = {
+            let core = &mut *self.core.lock();
+            let grace = core.grace.is_some();
+            let state = core.file(file);
+            let needed = grace || !state.unlinked || state.opens > 0;
+            if needed {
+                state.freeing = false;
             }
+            needed
+        };
+        if !needed {
+            self.delete_orphan(file);
         }
+        drop(lock);
+        drop(guard);
+    }
+
+    fn delete_orphan(&self, file: FileId) {
         match self.fs.orphan_delete(file) {
-            Ok(()) | Err(Errno::NOENT) => {}
+            Ok(()) | Err(Errno::NOENT) => tracing::debug!(%file, "orphan deleted"),
             Err(errno) => {
-                self.event(
-                    "orphan",
-                    format!("deleting orphan {file} failed: {errno}; the next start tries again"),
-                );
+                self.event("orphan", format!("deleting orphan {file} failed: {errno}; the next start tries again"));
             }
         }
         let core = &mut *self.core.lock();
         let state = core.file(file);
         state.unlinked = false;
+        state.freeing = false;
         state.settle = false;
+        state.eof = None;
         state.pending = crate::state::Pending::default();
-        tracing::debug!(%file, "orphan deleted");
     }
 }

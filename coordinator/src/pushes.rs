@@ -6,6 +6,7 @@ use crate::coordinator::Coordinator;
 use crate::state::{Core, Push};
 use csv_proto::{CommitQuery, server_message};
 use csv_types::{FileId, NodeId};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
@@ -33,7 +34,7 @@ impl Coordinator {
         let (tx, answer) = oneshot::channel();
         let body = body(id);
         core.send(node, body.clone());
-        core.pushes.insert(id, Push { node, body, answered: Some(tx) });
+        core.pushes.insert(id, Push { node, body, since: Instant::now(), answered: Some(tx) });
         Some(Wait { node, id, answer })
     }
 
@@ -44,6 +45,18 @@ impl Coordinator {
         {
             // Nobody may wait any more.
             let _sent = answered.send(());
+        }
+    }
+
+    /// Gives up nodes that leave questions open for which nobody waits (what a node's own call changed), so that
+    /// these do not pile up.
+    pub(crate) fn push_tick(&self, core: &mut Core) {
+        let limit = Duration::from_millis(2 * self.options.recall_ms);
+        // Numbers grow, so the oldest come first.
+        let late = core.pushes.values().take_while(|push| push.since.elapsed() > limit);
+        let nodes: BTreeSet<NodeId> = late.map(|push| push.node).collect();
+        for node in nodes {
+            self.give_up_locked(core, node, "it leaves questions of the coordinator unanswered");
         }
     }
 

@@ -207,8 +207,10 @@ impl Coordinator {
         core.send(node, revoked(why));
         self.event("fence", format!("fencing {}: {why}", self.name(node)));
         let fence = Arc::clone(&self.options.fence);
-        self.spawn(|co| async move {
-            if fence(node) {
+        // This node is not to fence itself: its own client ends with its lease, which the coordinator sees.
+        let other = node != self.options.own_node;
+        self.spawn(move |co| async move {
+            if other && fence(node) {
                 let core = &mut *co.core.lock();
                 if core.session(node, id).is_some() {
                     co.event("fenced", format!("{} can write the LUN no more", co.name(node)));

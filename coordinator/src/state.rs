@@ -57,6 +57,7 @@ pub(crate) struct Session {
 pub(crate) struct Push {
     pub(crate) node: NodeId,
     pub(crate) body: server_message::Body,
+    pub(crate) since: Instant,
     /// Dropped or used when it is answered or the session is over.
     pub(crate) answered: Option<oneshot::Sender<()>>,
 }
@@ -108,6 +109,8 @@ pub(crate) struct FileState {
     pub(crate) block_io: Vec<(u64, NodeId, ByteRange)>,
     /// Its last name is gone; it lives in the orphans directory until nobody needs it.
     pub(crate) unlinked: bool,
+    /// It is being deleted.
+    pub(crate) freeing: bool,
 }
 
 impl FileState {
@@ -171,6 +174,8 @@ pub(crate) struct Core {
     pub(crate) stopped: bool,
     /// Counts what was told to be changed, for readers of many files at once.
     pub(crate) changes: u64,
+    /// Leases are being taken back to make room.
+    pub(crate) making_room: bool,
     next: u64,
 }
 
@@ -194,6 +199,7 @@ impl Core {
             stopping: false,
             stopped: false,
             changes: 0,
+            making_room: false,
             next: 0,
         }
     }

@@ -4,3 +4,4 @@ mod grants;
 mod names;
 pub(crate) mod rig;
 mod sessions;
+mod stress;

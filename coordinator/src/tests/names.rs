@@ -38,13 +38,7 @@ fn an_open_file_lives_without_its_name() {
         assert_eq!(rig.read_lun(place(&grant, 0), 100), [4; 100]);
         // The last close deletes it, and takes back what is lent.
         b.ok(Op::Close(Close { handle: 9, file: Some(file.into()) }));
-        b.give_back(&csv_proto::Recall {
-            file: Some(file.into()),
-            offset: 0,
-            end: u64::MAX,
-            up_to_seq: grant.seq,
-            ..Default::default()
-        });
+        assert_eq!(b.wait_recall().up_to_seq, grant.seq);
         wait_until(|| rig.co().fs().attr(file).is_err() && rig.co().fs().orphans().is_empty());
     });
 }

@@ -141,6 +141,32 @@ impl Rig {
         Node::connect(self.co(), node, [u8::try_from(node.0).unwrap(); 16], 0)
     }
 
+    /// The file system's own checker, after the coordinator has let go of the device.
+    pub(crate) fn check_file_system(&mut self) {
+        let last = Arc::downgrade(&self.coordinator.take().unwrap());
+        let deadline = Instant::now() + WAIT;
+        while last.strong_count() > 0 {
+            assert!(Instant::now() < deadline, "somebody keeps the coordinator");
+            std::thread::yield_now();
+        }
+        self.start();
+        self.coordinator.take().unwrap().stop();
+        let device = self.device.to_str().unwrap();
+        let deadline = Instant::now() + WAIT;
+        loop {
+            let output = match self.kind {
+                FsKind::Ext4 => Command::new("e2fsck").args(["-f", "-n", device]).output().unwrap(),
+                FsKind::Xfs => Command::new("xfs_repair").args(["-n", device]).output().unwrap(),
+            };
+            if output.status.success() {
+                return;
+            }
+            // The mount goes away a moment after its last descriptor.
+            assert!(Instant::now() < deadline, "{}", String::from_utf8_lossy(&output.stdout));
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// Waits for an event of this kind.
     pub(crate) fn event(&self, kind: &str) -> String {
         let deadline = Instant::now() + WAIT;
@@ -392,6 +418,10 @@ impl Node {
 
     pub(crate) fn wait_revoked(&self) -> String {
         self.wait("Revoked", |seen| seen.revoked.clone())
+    }
+
+    pub(crate) fn was_revoked(&self) -> bool {
+        self.seen.lock().revoked.is_some()
     }
 
     pub(crate) fn wait_closed(&self) {
