@@ -54,6 +54,7 @@ pub(crate) struct Answer {
 
 /// An answer, or the word that the reply has left already.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "one at a time, on its way from the operation to the reply")]
 pub(crate) enum Done {
     Answer(Answer),
     Sent,

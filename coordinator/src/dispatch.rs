@@ -2,7 +2,8 @@
 
 use crate::calls::{Call, Done, Fail};
 use crate::coordinator::Coordinator;
-use csv_proto::{Count, Data, MapReply, StateList, call::Op, reply};
+use crate::ops_ns::Make;
+use csv_proto::{Count, Data, ListXattr, MapFile, MapReply, StateList, call::Op, reply};
 
 /// When an operation may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +71,10 @@ impl Coordinator {
             Op::Getattr(op) => self.getattr(call, op).await,
             Op::Setattr(op) => self.setattr(call, op).await,
             Op::Readdir(op) => self.readdir(call, op).await,
-            Op::Mknod(_) | Op::Mkdir(_) | Op::Symlink(_) | Op::Link(_) => self.make(call, op).await,
+            Op::Mknod(op) => self.make(call, Make::Node(op)).await,
+            Op::Mkdir(op) => self.make(call, Make::Dir(op)).await,
+            Op::Symlink(op) => self.make(call, Make::Symlink(op)).await,
+            Op::Link(op) => self.make(call, Make::Link(op)).await,
             Op::Unlink(op) => self.unlink(call, op).await,
             Op::Rmdir(op) => self.rmdir(call, op).await,
             Op::Rename(op) => self.rename(call, op).await,
@@ -91,40 +95,30 @@ impl Coordinator {
             Op::Setlk(op) => self.setlk(call, op),
             Op::Fsync(op) => self.fsync(op).await,
             Op::AdminOrder(op) => Ok(self.order_from(call.at.node, op)),
-            Op::Readlink(_)
-            | Op::Statfs(_)
-            | Op::Getxattr(_)
-            | Op::Listxattr(_)
-            | Op::Syncfs(_)
-            | Op::ListStates(_)
-            | Op::MapFile(_) => self.perform_simple(call, op),
+            Op::Readlink(op) => Ok(data(self.fs.readlink(csv_proto::file_id(op.file)?)?)),
+            Op::Statfs(_) => Ok(reply::Body::Statfs(self.fs.statfs()?).into()),
+            Op::Getxattr(op) => Ok(data(self.fs.getxattr(csv_proto::file_id(op.file)?, &op.name)?)),
+            Op::Listxattr(op) => self.listxattr(call, op),
+            Op::Syncfs(_) => Ok(self.fs.syncfs().map(|()| Done::nothing())?),
+            Op::ListStates(_) => Ok(reply::Body::States(StateList { state_json: self.states() }).into()),
+            Op::MapFile(op) => self.map_file(op),
         }
     }
 
-    /// What needs nothing but the file system.
-    fn perform_simple(&self, call: &Call, op: Op) -> Result<Done, Fail> {
-        let data = |data: Vec<u8>| Done::from(reply::Body::Data(Data { data: data.into() }));
-        Ok(match op {
-            Op::Readlink(op) => data(self.fs.readlink(csv_proto::file_id(op.file)?)?),
-            Op::Statfs(_) => reply::Body::Statfs(self.fs.statfs()?).into(),
-            Op::Getxattr(op) => data(self.fs.getxattr(csv_proto::file_id(op.file)?, &op.name)?),
-            Op::Listxattr(op) => {
-                let names = self.fs.listxattr(csv_proto::file_id(op.file)?, call.cred.uid == 0)?;
-                data(names.into_iter().flat_map(|name| [name, vec![0]].concat()).collect())
-            }
-            Op::Syncfs(_) => {
-                self.fs.syncfs()?;
-                Done::nothing()
-            }
-            Op::ListStates(_) => reply::Body::States(StateList { state_json: self.states() }).into(),
-            Op::MapFile(op) => {
-                let extents = self.map_path(&op.path)?;
-                let extents = extents.iter().map(crate::layouts::wire_extent).collect();
-                reply::Body::Map(MapReply { extents }).into()
-            }
-            _other => return Err(rustix::io::Errno::NOSYS.into()),
-        })
+    fn listxattr(&self, call: &Call, op: ListXattr) -> Result<Done, Fail> {
+        let names = self.fs.listxattr(csv_proto::file_id(op.file)?, call.cred.uid == 0)?;
+        Ok(data(names.into_iter().flat_map(|name| [name, vec![0]].concat()).collect()))
     }
+
+    fn map_file(&self, op: MapFile) -> Result<Done, Fail> {
+        let extents = self.map_path(&op.path)?;
+        let extents = extents.iter().map(crate::layouts::wire_extent).collect();
+        Ok(reply::Body::Map(MapReply { extents }).into())
+    }
+}
+
+fn data(data: Vec<u8>) -> Done {
+    reply::Body::Data(Data { data: data.into() }).into()
 }
 
 /// A number as an answer.

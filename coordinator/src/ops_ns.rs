@@ -7,7 +7,10 @@ use crate::calls::{Answer, Call, Done, Fail};
 use crate::coordinator::Coordinator;
 use crate::hidden::CredScope;
 use crate::leases::{Change, Note, Subject};
-use csv_proto::{Attr, Close, Create, DirPage, Lookup, Open, ReadDir, call::Op, component, file_id, reply};
+use csv_proto::{
+    Attr, Close, Create, DirPage, Link, Lookup, MkDir, MkNod, Open, ReadDir, Symlink, component, file_id,
+    reply,
+};
 use csv_types::{FileId, NodeId};
 use rustix::io::Errno;
 
@@ -19,6 +22,15 @@ const S_IFLNK: u32 = 0o120_000;
 const CLOCKS_DIFFER_MS: u64 = 2000;
 /// A name that is replaced while it is looked up is looked up again this often.
 const LOOKUP_TRIES_MAX: usize = 4;
+
+/// What makes a name and is neither open nor rename.
+#[derive(Debug)]
+pub(crate) enum Make {
+    Node(MkNod),
+    Dir(MkDir),
+    Symlink(Symlink),
+    Link(Link),
+}
 
 impl Coordinator {
     pub(crate) async fn lookup(&self, call: &Call, lookup: Lookup) -> Result<Done, Fail> {
@@ -43,13 +55,12 @@ impl Coordinator {
     }
 
     /// mknod, mkdir, symlink, link.
-    pub(crate) async fn make(&self, call: &Call, op: Op) -> Result<Done, Fail> {
+    pub(crate) async fn make(&self, call: &Call, op: Make) -> Result<Done, Fail> {
         let (parent, name, kind, link) = match &op {
-            Op::Mknod(op) => (op.parent, &op.name, op.mode & S_IFMT, None),
-            Op::Mkdir(op) => (op.parent, &op.name, S_IFDIR, None),
-            Op::Symlink(op) => (op.parent, &op.name, S_IFLNK, None),
-            Op::Link(op) => (op.new_parent, &op.new_name, 0, Some(file_id(op.file)?)),
-            _other => return Err(Errno::NOSYS.into()),
+            Make::Node(op) => (op.parent, &op.name, op.mode & S_IFMT, None),
+            Make::Dir(op) => (op.parent, &op.name, S_IFDIR, None),
+            Make::Symlink(op) => (op.parent, &op.name, S_IFLNK, None),
+            Make::Link(op) => (op.new_parent, &op.new_name, 0, Some(file_id(op.file)?)),
         };
         let (parent, name) = (file_id(parent)?, component(name)?);
         let attr = {
@@ -66,17 +77,16 @@ impl Coordinator {
         self.named_answer(call.at.node, parent, file).await
     }
 
-    fn make_one(&self, call: &Call, parent: FileId, name: &[u8], op: &Op) -> Result<Attr, Errno> {
+    fn make_one(&self, call: &Call, parent: FileId, name: &[u8], op: &Make) -> Result<Attr, Errno> {
         let _as_caller = CredScope::enter(&call.cred)?;
         match op {
-            Op::Mknod(op) => self.fs.mknod(parent, name, op.mode, op.rdev),
-            Op::Mkdir(op) => self.fs.mkdir(parent, name, op.mode),
-            Op::Symlink(op) => self.fs.symlink(parent, name, &op.target),
-            Op::Link(op) => {
+            Make::Node(op) => self.fs.mknod(parent, name, op.mode, op.rdev),
+            Make::Dir(op) => self.fs.mkdir(parent, name, op.mode),
+            Make::Symlink(op) => self.fs.symlink(parent, name, &op.target),
+            Make::Link(op) => {
                 let file = file_id(op.file).map_err(|_| Errno::INVAL)?;
                 self.fs.link(file, parent, name)
             }
-            _other => Err(Errno::NOSYS),
         }
     }
 

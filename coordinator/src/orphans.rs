@@ -48,7 +48,10 @@ impl Coordinator {
         match self.fs.orphan_delete(file) {
             Ok(()) | Err(Errno::NOENT) => tracing::debug!(%file, "orphan deleted"),
             Err(errno) => {
-                self.event("orphan", format!("deleting orphan {file} failed: {errno}; the next start tries again"));
+                self.event(
+                    "orphan",
+                    format!("deleting orphan {file} failed: {errno}; the next start tries again"),
+                );
             }
         }
         let core = &mut *self.core.lock();

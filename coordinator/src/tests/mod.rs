@@ -5,3 +5,4 @@ mod names;
 pub(crate) mod rig;
 mod sessions;
 mod stress;
+mod torture;

@@ -223,6 +223,8 @@ pub(crate) struct Node {
     changed: Condvar,
     /// Does it answer recalls, queries and invalidations?
     pub(crate) answers: AtomicBool,
+    /// Does it answer recalls, if it answers at all?
+    pub(crate) returns: AtomicBool,
 }
 
 struct Line(Mutex<mpsc::Sender<Option<ServerMessage>>>);
@@ -252,6 +254,7 @@ impl Node {
             seen: Mutex::default(),
             changed: Condvar::new(),
             answers: AtomicBool::new(true),
+            returns: AtomicBool::new(true),
         });
         node.plug(session, last_epoch);
         node
@@ -297,7 +300,7 @@ impl Node {
             }),
             server_message::Body::Recall(recall) => {
                 self.see(|seen| seen.recalls.push(recall));
-                if answers {
+                if answers && self.returns.load(Ordering::SeqCst) {
                     self.give_back(&recall);
                 }
             }

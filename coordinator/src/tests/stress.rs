@@ -87,7 +87,8 @@ fn nothing_hangs_and_nothing_is_left_behind() {
         rig.co().stop();
         let core = rig.co().core.lock();
         assert_eq!(core.table.files().count(), 0, "seed {seed}");
-        let busy: Vec<_> = core.files.values().filter(|s| s.opens > 0 || s.eof.is_some() || s.mapping > 0).collect();
+        let busy: Vec<_> =
+            core.files.values().filter(|s| s.opens > 0 || s.eof.is_some() || s.mapping > 0).collect();
         assert!(busy.is_empty(), "seed {seed}: {busy:?}");
         drop(core);
         drop(nodes);
