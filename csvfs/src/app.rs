@@ -38,7 +38,7 @@ pub(crate) struct App {
     pub(crate) client: Arc<VolumeClient>,
     pub(crate) coordinator: Option<Arc<Coordinator>>,
     device: Arc<Device>,
-    smbd: Mutex<Option<crate::smbx::smbd::Smbd>>,
+    smbd: Mutex<Option<csv_smb::smbd::Smbd>>,
     stopping: AtomicBool,
     runtime: tokio::runtime::Runtime,
 }

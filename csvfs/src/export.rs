@@ -3,9 +3,9 @@
 
 use crate::events::Events;
 use anyhow::{Context, Result};
-use csv_coordinator::Coordinator;
-use crate::smbx::pool::{PoolConfig, SmbPool};
-use crate::smbx::smbd::{Smbd, SmbdConfig};
+use csv_coordinator::{Coordinator, grpc};
+use csv_smb::pool::{PoolConfig, SmbPool};
+use csv_smb::smbd::{Smbd, SmbdConfig};
 use csv_types::config::{Config, NodeConfig, VolumeConfig};
 use std::net::TcpListener;
 use std::path::PathBuf;
@@ -77,6 +77,15 @@ pub(crate) fn control(
     let addr = config.control_addr(config.me());
     let listener = TcpListener::bind(addr)
         .with_context(|| format!("cannot listen on {addr} (control_port in csv.toml): is the port in use?"))?;
-    let _ = (runtime, coordinator, listener);
+    let pem = |name: &str| -> PathBuf { config.local.secrets_dir.join(name) };
+    let tls = grpc::TlsFiles { ca: pem("ca.pem"), cert: pem("node.pem"), key: pem("node.key") };
+    let (_keep, shutdown) = tokio::sync::watch::channel(false);
+    let coordinator = coordinator.clone();
+    runtime.spawn(async move {
+        let _keep = _keep;
+        if let Err(error) = grpc::serve(coordinator, listener, tls, shutdown).await {
+            tracing::error!(%error, "the control service ended");
+        }
+    });
     Ok(())
 }

@@ -11,7 +11,6 @@ mod export;
 mod fuse;
 mod link;
 mod pool;
-mod smbx;
 
 use anyhow::{Context, Result};
 use clap::Parser;

@@ -7,9 +7,8 @@
 //!   refused with the buffer handed back.
 //! * Faults injected into the [`Lun`] apply before and after each I/O, as for the blocking calls.
 //!
-//! The LUN's file descriptor is registered, which spares a reference count per I/O. With `DEFER_TASKRUN` (kernel
-//! 6.1) completions run in the owner's context, so that no inter-processor interrupt is needed; without it the ring
-//! works the same.
+//! The LUN's file descriptor is registered, which spares a reference count per I/O. `DEFER_TASKRUN` is not used: with it
+//! (kernel 6.18) a completion does not wake whoever polls the ring's descriptor, and the owner would sleep on.
 
 use crate::{AlignedBuf, IoOp, Lun, LunError};
 use csv_types::LunOffset;
@@ -69,12 +68,7 @@ impl Ring {
     /// # Errors
     /// Those of io_uring_setup(2) and io_uring_register(2).
     pub fn new(lun: Arc<Lun>, entries: u32) -> io::Result<Ring> {
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .build(entries)
-            .or_else(|_| IoUring::new(entries))?;
+        let uring = IoUring::builder().setup_single_issuer().build(entries).or_else(|_| IoUring::new(entries))?;
         uring.submitter().register_files(&[lun.as_fd().as_raw_fd()])?;
         Ok(Ring {
             uring,
@@ -220,8 +214,6 @@ impl Ring {
         if self.in_flight() == 0 {
             return Ok(());
         }
-        // With DEFER_TASKRUN completions appear only when the owner enters the kernel for events; the ring's
-        // TASKRUN flag tells the library whether that is due, so this costs nothing while nothing has finished.
         let taken = self.uring.submitter().submit_and_wait(0);
         match taken {
             Ok(taken) => self.unsubmitted = self.unsubmitted.saturating_sub(taken),

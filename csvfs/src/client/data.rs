@@ -51,7 +51,7 @@ pub(crate) struct WriteAt<'a> {
 /// Where the blocks of an I/O go in this round.
 enum Blocks {
     Direct(Arc<csv_lun::Lun>),
-    Redirected(Arc<crate::smbx::pool::SmbPool>, String),
+    Redirected(Arc<csv_smb::pool::SmbPool>, String),
 }
 
 enum Step<T> {
@@ -275,7 +275,7 @@ impl VolumeClient {
 
     /// What an SMB transfer means for the loop: a refused or unknown outcome is repeated (the same bytes at the same
     /// place), since the layout may have been recalled or the server restarted meanwhile.
-    fn smb_done(&self, done: Result<usize, crate::smbx::pool::SmbError>, want: usize) -> Result<bool, Errno> {
+    fn smb_done(&self, done: Result<usize, csv_smb::pool::SmbError>, want: usize) -> Result<bool, Errno> {
         match done {
             Ok(got) if got == want => Ok(true),
             Ok(_) => Err(Errno::IO),
@@ -374,7 +374,7 @@ impl VolumeClient {
         format!("/.csvfs/file-{token}-{}-{}", inode.file.ino, inode.file.generation)
     }
 
-    fn smb_retry(&self, error: &crate::smbx::pool::SmbError, deadline: Instant) -> Result<(), Errno> {
+    fn smb_retry(&self, error: &csv_smb::pool::SmbError, deadline: Instant) -> Result<(), Errno> {
         if error.is_fatal() || Instant::now() >= deadline {
             self.events.report("smb-error", format!("file-system redirected I/O failed: {error}"));
             return Err(Errno::IO);

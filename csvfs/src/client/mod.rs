@@ -24,7 +24,7 @@ use channel::Channel;
 use csv_lun::BufPool;
 use csv_proto as proto;
 use csv_proto::client_message::Body as Out;
-use crate::smbx::pool::SmbPool;
+use csv_smb::pool::SmbPool;
 use csv_types::admin::IoCounts;
 use csv_types::{FileId, NodeId};
 use held_locks::HeldLocks;
