@@ -22,9 +22,22 @@
 //!     -> Result<(), ServeError>                          async; node names come from Options.nodes
 //! ```
 //!
-//! Replies that are not plain from the protocol file: a `LayoutGet` that starts at or past the end of file (and
-//! does not ask to extend) is answered with ENXIO and the file's attributes; a Read/Write grant ends at the exact
-//! logical size, an Exclusive one without the end-of-file right at the size rounded up to the file system's block.
+//! What is not plain from the protocol file:
+//! * A `LayoutGet` that starts at or past the end of file, and does not ask to extend, is answered with ENXIO and the
+//!   file's attributes. A Read or Write grant ends at the exact logical size, an Exclusive one without the
+//!   end-of-file right at the size rounded up to the file system's block (or page, if that is larger).
+//! * lookup, getattr, setattr, open, create, mknod, mkdir, symlink, link, fallocate and `LayoutCommit` are answered
+//!   with attributes; read, readlink, getxattr and listxattr (names, each with a NUL behind it) with data; write,
+//!   copy_range and seek with a count, the first two with attributes in it.
+//! * `lease` stands for everything in a reply: the name and the attributes of a lookup or create (ENOENT of a lookup:
+//!   the absence), all entries of a readdirplus page.
+//! * A node that changes something keeps its lease on attributes that the reply tells. What the reply does not tell
+//!   (times of a directory, a removed or renamed file) is invalidated at the changing node too, ahead of the reply.
+//!   Every `Invalidate` must be acknowledged, whether somebody waits for it or not.
+//! * An append that is sent again after a change of coordinator is answered with EIO, unless the file was not
+//!   written since it was first sent: nobody can know whether it was done.
+//! * A node whose session bytes are new is taken for one whose former csvfs process has ended: its supervisor must
+//!   not start a second one before.
 
 mod block;
 mod calls;
