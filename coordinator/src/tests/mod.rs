@@ -2,6 +2,7 @@
 
 mod grants;
 mod names;
+mod node;
 pub(crate) mod rig;
 mod sessions;
 mod stress;
