@@ -32,6 +32,9 @@ const SMALL_READS_MAX: u32 = 8;
 /// Space asked for ahead of a sequential writer, at first and at most, in bytes.
 const AHEAD_MIN: u64 = 1 << 20;
 const AHEAD_MAX: u64 = 64 << 20;
+/// Largest request over SMB, in bytes. smbd's buffers are not page-aligned, and FUSE on the coordinator splits what
+/// touches more than 256 pages: a full MiB would reach the block service in pieces that are no whole blocks.
+const SMB_BYTES_MAX: usize = 512 << 10;
 /// How long a file that cannot be lent is left alone before the next try.
 const REDIRECT_HOLD: Duration = Duration::from_secs(5);
 
@@ -245,10 +248,10 @@ impl VolumeClient {
             }
             Blocks::Redirected(pool, path) => {
                 if skip == 0 && len == out.len() {
-                    return self.smb_done(pool.read_at(path, wide.start, out), out.len());
+                    return self.smb_read(pool, path, wide.start, out);
                 }
                 let mut buf = vec![0; len];
-                let done = self.smb_done(pool.read_at(path, wide.start, &mut buf), len)?;
+                let done = self.smb_read(pool, path, wide.start, &mut buf)?;
                 out.copy_from_slice(&buf[skip..skip + out.len()]);
                 Ok(done)
             }
@@ -268,9 +271,34 @@ impl VolumeClient {
                 Ok(true)
             }
             Blocks::Redirected(pool, path) => {
-                self.smb_done(pool.write_at(path, place.0, data).map(|()| data.len()), data.len())
+                let mut at = place.0;
+                for piece in data.chunks(SMB_BYTES_MAX) {
+                    if !self.smb_done(pool.write_at(path, at, piece).map(|()| piece.len()), piece.len())? {
+                        return Ok(false);
+                    }
+                    at += piece.len() as u64;
+                }
+                Ok(true)
             }
         }
+    }
+
+    fn smb_read(
+        &self,
+        pool: &csv_smb::pool::SmbPool,
+        path: &str,
+        place: u64,
+        out: &mut [u8],
+    ) -> Result<bool, Errno> {
+        let mut at = place;
+        for piece in out.chunks_mut(SMB_BYTES_MAX) {
+            let len = piece.len();
+            if !self.smb_done(pool.read_at(path, at, piece), len)? {
+                return Ok(false);
+            }
+            at += len as u64;
+        }
+        Ok(true)
     }
 
     /// What an SMB transfer means for the loop: a refused or unknown outcome is repeated (the same bytes at the same
@@ -284,7 +312,7 @@ impl VolumeClient {
                 Err(Errno::IO)
             }
             Err(error) => {
-                tracing::debug!(%error, "redirected I/O is repeated");
+                tracing::warn!(%error, "redirected I/O is repeated");
                 std::thread::sleep(Duration::from_millis(20));
                 Ok(false)
             }
@@ -356,17 +384,23 @@ impl VolumeClient {
         let pool = self.smb_pool()?;
         let path = self.smb_file(inode);
         let deadline = Instant::now() + self.op_timeout;
-        loop {
-            let mut data = vec![0; len];
-            match pool.read_at(&path, offset, &mut data) {
+        let mut data = vec![0; len];
+        let mut done = 0;
+        while done < len {
+            let end = len.min(done + SMB_BYTES_MAX);
+            match pool.read_at(&path, offset + done as u64, &mut data[done..end]) {
                 Ok(got) => {
-                    count(&self.counts.fs_reads, 1);
-                    data.truncate(got);
-                    return Ok(data);
+                    done += got;
+                    if got == 0 || done < end {
+                        break;
+                    }
                 }
                 Err(error) => self.smb_retry(&error, deadline)?,
             }
         }
+        count(&self.counts.fs_reads, 1);
+        data.truncate(done);
+        Ok(data)
     }
 
     fn smb_file(&self, inode: &Inode) -> String {
@@ -615,21 +649,29 @@ impl VolumeClient {
         let pool = self.smb_pool()?;
         let path = self.smb_file(inode);
         let deadline = Instant::now() + self.op_timeout;
-        loop {
-            match pool.write_at(&path, write.offset, write.data) {
-                Ok(()) => {
-                    count(&self.counts.fs_writes, 1);
-                    self.meta.changed(&[inode.file], &[]);
-                    let mut io = inode.io.lock();
-                    io.coordinator_dirty = true;
-                    io.known_size = io.known_size.max(write.offset + write.data.len() as u64);
-                    return Ok(());
+        let mut done = 0;
+        for piece in write.data.chunks(SMB_BYTES_MAX) {
+            let offset = write.offset + done;
+            done += piece.len() as u64;
+            loop {
+                match pool.write_at(&path, offset, piece) {
+                    Ok(()) => break,
+                    // SMB knows "disk full" only as one error among many: the control call tells exactly.
+                    Err(error) if error.is_rejected() => {
+                        let rest = WriteAt { offset, data: piece, ..write };
+                        self.write_by_call(caller, inode, rest)?;
+                        break;
+                    }
+                    Err(error) => self.smb_retry(&error, deadline)?,
                 }
-                // SMB knows "disk full" only as one error among many: the control call tells exactly.
-                Err(error) if error.is_rejected() => return self.write_by_call(caller, inode, write),
-                Err(error) => self.smb_retry(&error, deadline)?,
             }
         }
+        count(&self.counts.fs_writes, 1);
+        self.meta.changed(&[inode.file], &[]);
+        let mut io = inode.io.lock();
+        io.coordinator_dirty = true;
+        io.known_size = io.known_size.max(write.offset + done);
+        Ok(())
     }
 
     /// Clears set-id bits because of a write by someone who may not keep them.

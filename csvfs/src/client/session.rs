@@ -104,7 +104,11 @@ impl VolumeClient {
 
     fn reclaim_layouts(self: &Arc<Self>) -> Result<(), Errno> {
         for inode in self.inodes.all() {
-            let grants = inode.io.lock().held_grants();
+            let grants = {
+                let mut io = inode.io.lock();
+                io.cache.forget_recalls();
+                io.held_grants()
+            };
             if grants.is_empty() {
                 continue;
             }
