@@ -52,6 +52,8 @@ pub(crate) struct IoIn {
 /// `fuse_lk_in`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LkIn {
+    /// Open file through which the request came.
+    pub(crate) handle: u64,
     pub(crate) owner: u64,
     pub(crate) start: u64,
     pub(crate) end: u64,
@@ -98,6 +100,7 @@ impl LkIn {
     /// From the bytes behind the header.
     pub(crate) fn parse(bytes: &[u8]) -> Option<LkIn> {
         Some(LkIn {
+            handle: u64_at(bytes, 0)?,
             owner: u64_at(bytes, 8)?,
             start: u64_at(bytes, 16)?,
             end: u64_at(bytes, 24)?,

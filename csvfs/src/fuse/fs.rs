@@ -617,8 +617,11 @@ impl Filesystem for CsvFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        if let (Some(owner), Ok(inode)) = (owner, self.inode(ino)) {
-            locks::release(&self.client, caller(request, 0), &inode, owner.0, true);
+        if let Ok(inode) = self.inode(ino) {
+            if let Some(owner) = owner {
+                locks::release(&self.client, caller(request, 0), &inode, owner.0, true);
+            }
+            locks::release_handle(&self.client, caller(request, 0), &inode, fh.0);
         }
         self.close(fh.0);
         reply.ok();

@@ -34,6 +34,9 @@ pub(crate) fn run(
     }
     let flock = wanted.flags & abi::LK_FLOCK != 0;
     set(client, caller, inode, SetWhat { owner: wanted.owner, flock, wait: opcode == abi::SETLKW }, lock)?;
+    if !flock && wanted.kind != UNLOCK {
+        client.locks.taken_through(wanted.handle, inode.file, wanted.owner);
+    }
     Ok(Vec::new())
 }
 
@@ -94,5 +97,14 @@ pub(crate) fn release(client: &VolumeClient, caller: Caller, inode: &Inode, owne
     let what = SetWhat { owner, flock, wait: false };
     if let Err(error) = set(client, caller, inode, what, all) {
         tracing::warn!(%error, file = %inode.file, "locks of a closed file could not be released");
+    }
+}
+
+/// The last descriptor of an open file was closed. Its OFD locks end with it, and the kernel does not name their owner
+/// in any request; so what was locked through this open file and not released since is released here. (POSIX locks
+/// went when the process closed its descriptor.)
+pub(crate) fn release_handle(client: &VolumeClient, caller: Caller, inode: &Inode, handle: u64) {
+    for owner in client.locks.owners_through(handle, inode.file) {
+        release(client, caller, inode, owner, false);
     }
 }
