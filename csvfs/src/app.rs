@@ -319,8 +319,8 @@ impl App {
     /// The coordinator's heartbeat in the label. Another epoch there means that another node has taken the volume:
     /// this one must not touch it any more, and a crash is the one stop that writes nothing.
     fn beat(&self) {
-        let (Some(_), Some(lun)) = (&self.coordinator, self.client.modes.lun()) else { return };
-        match csv_lun::label::beat(&lun, self.client.chan.epoch()) {
+        let (Some(coordinator), Some(lun)) = (&self.coordinator, self.client.modes.lun()) else { return };
+        match csv_lun::label::beat(&lun, coordinator.options().epoch) {
             Ok(_) => {}
             Err(error @ csv_lun::LabelIoError::Stale { .. }) => {
                 self.client.events.report("volume-lost", format!("{error}; csvfs ends without writing"));
@@ -374,7 +374,7 @@ impl App {
         if let Some(coordinator) = &self.coordinator {
             coordinator.stop();
             if let Some(lun) = self.client.modes.lun() {
-                let _ = csv_lun::label::mark_unused(&lun, self.client.chan.epoch());
+                let _ = csv_lun::label::mark_unused(&lun, coordinator.options().epoch);
             }
         }
         let _ = std::fs::remove_file(self.config.local.run_dir.join(format!("{}.sock", self.volume.name)));

@@ -112,7 +112,7 @@ impl VolumeClient {
                 drop(io);
                 return self.read_through_fs(caller, inode, offset, len).map(Step::Done);
             }
-            if self.lease_alive() { io.cache.begin_read(range, &mut segments) } else { Outcome::Miss }
+            if self.lease_alive() { io.begin_read(range, &mut segments) } else { Outcome::Miss }
         };
         match outcome {
             Outcome::Hit(token) => self.read_held(inode, token, range, &segments),
@@ -476,7 +476,7 @@ impl VolumeClient {
             };
             let range = ByteRange::at(offset, len);
             let outcome = match alive {
-                true => io.cache.begin_write(range, self.lun_block(), &mut segments),
+                true => io.begin_write(range, self.lun_block(), &mut segments),
                 false => Outcome::Miss,
             };
             (range, outcome)
@@ -858,6 +858,7 @@ impl FileIo {
         });
         self.cache.granted(grant.seq, grant.range(), access_of(grant.access), &extents, eof);
         self.known_size = grant.size;
+        self.granted_size = grant.size;
         self.small_written = 0;
         self.small_reads = 0;
     }

@@ -32,11 +32,15 @@ use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// I/Os in flight at once, at most.
 const RING_ENTRIES: u32 = 256;
 /// Requests taken before completions are looked at again.
 const BATCH: usize = 64;
+
+/// A wait shorter than this did not sleep.
+const REAL_WAIT: Duration = Duration::from_micros(3);
 
 /// A read or write that the held layout allows.
 #[derive(Debug)]
@@ -75,6 +79,8 @@ pub(crate) struct Pump {
     /// The inode of the last request: most I/O comes in runs.
     last: Option<Arc<Inode>>,
     deferred: Option<Hot>,
+    /// The pump has just woken up from waiting: whatever comes first is most likely alone.
+    woken: bool,
 }
 
 impl Pump {
@@ -99,6 +105,7 @@ impl Pump {
             segments: Vec::new(),
             last: None,
             deferred: None,
+            woken: false,
         }
     }
 
@@ -120,6 +127,11 @@ impl Pump {
                         busy = true;
                         self.start_deferred_async();
                         self.request(&head, &mut payload, size);
+                        if std::mem::take(&mut self.woken) && self.start_alone() {
+                            // Most likely nothing came meanwhile: ask by waiting, which costs no more.
+                            busy = false;
+                            break;
+                        }
                     }
                     Err(Errno::AGAIN) => {
                         busy |= self.start_deferred();
@@ -133,9 +145,19 @@ impl Pump {
             self.start_deferred_async();
             busy |= self.complete();
             if !busy {
+                // A wait that ends at once found something there already: others may wait behind it.
+                let before = Instant::now();
                 self.sleep();
+                self.woken = before.elapsed() >= REAL_WAIT;
             }
         }
+    }
+
+    /// In line, without asking first whether something else waits: at queue depth 1 that question would cost as
+    /// much as it saves, and at a greater depth the next request is found right after this one.
+    fn start_alone(&mut self) -> bool {
+        let idle = self.ring.as_ref().is_none_or(|ring| ring.in_flight() == 0);
+        idle && self.start_deferred()
     }
 
     fn over(&mut self, error: Errno) {
@@ -155,11 +177,16 @@ impl Pump {
     }
 
     fn sleep(&self) {
-        let mut fds = vec![PollFd::new(&self.device, PollFlags::IN)];
-        if let Some(ring) = self.ring.as_ref().filter(|ring| ring.in_flight() > 0) {
-            fds.push(PollFd::from_borrowed_fd(ring.as_fd(), PollFlags::IN));
+        let device = PollFd::new(&self.device, PollFlags::IN);
+        match self.ring.as_ref().filter(|ring| ring.in_flight() > 0) {
+            Some(ring) => {
+                let ring = PollFd::from_borrowed_fd(ring.as_fd(), PollFlags::IN);
+                let _ = poll(&mut [device, ring], None);
+            }
+            None => {
+                let _ = poll(&mut [device], None);
+            }
         }
-        let _ = poll(&mut fds, None);
     }
 
     fn request(&mut self, head: &[u8], payload: &mut AlignedBuf, size: usize) {
@@ -259,7 +286,7 @@ impl Pump {
         let block = u64::from(self.direct_lun()?.logical_block_bytes());
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
-        let outcome = inode.io.lock().cache.begin_read(range, &mut self.segments);
+        let outcome = inode.io.lock().begin_read(range, &mut self.segments);
         let token = match outcome {
             Outcome::Hit(token) => token,
             Outcome::HitRmw(token) => {
@@ -270,6 +297,7 @@ impl Pump {
         };
         let placed = match self.segments.as_slice() {
             [segment] => segment.lun_offset.and_then(|place| span(place, segment.len, block)),
+            // Several pieces, or a hole.
             _ => None,
         };
         let Some((place, block_len, skip, len)) = placed else {
@@ -331,7 +359,7 @@ impl Pump {
         if range.start % block != 0 || range.end % block != 0 {
             return None;
         }
-        let outcome = inode.io.lock().cache.begin_write(range, block, &mut self.segments);
+        let outcome = inode.io.lock().begin_write(range, block, &mut self.segments);
         let token = match outcome {
             Outcome::Hit(token) => token,
             Outcome::HitRmw(token) => {
