@@ -25,10 +25,14 @@ const STATES_TIMEOUT: Duration = Duration::from_secs(3);
 /// When the socket cannot be made, or another csvfs serves this volume on this node.
 pub(crate) fn serve(app: &Arc<App>, path: &Path) -> Result<()> {
     if UnixStream::connect(path).is_ok() {
-        anyhow::bail!("another csvfs already serves this volume here (its socket {} answers)", path.display());
+        anyhow::bail!(
+            "another csvfs already serves this volume here (its socket {} answers)",
+            path.display()
+        );
     }
     let _ = std::fs::remove_file(path);
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    let listener =
+        UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))
         .with_context(|| format!("cannot protect {}", path.display()))?;
     let app = app.clone();
@@ -126,7 +130,8 @@ fn states(app: &Arc<App>) -> Vec<VolumeState> {
     let own = app.client.state();
     let op = Op::ListStates(proto::ListStates {});
     let mut rows: Vec<VolumeState> =
-        match app.client.chan.call_with(Default::default(), op, None, STATES_TIMEOUT).map(|reply| reply.body) {
+        match app.client.chan.call_with(Default::default(), op, None, STATES_TIMEOUT).map(|reply| reply.body)
+        {
             Ok(Some(Body::States(list))) => {
                 list.state_json.iter().filter_map(|json| serde_json::from_str(json).ok()).collect()
             }

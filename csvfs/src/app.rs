@@ -20,14 +20,16 @@ use csv_proto as proto;
 use csv_types::admin::Answer;
 use csv_types::config::{Config, VolumeConfig};
 use csv_types::{Epoch, NodeId};
-use parking_lot::Mutex;
-use std::path::PathBuf;
+use parking_lot::{Condvar, Mutex};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Status reports (which renew the lease) and commits of written files.
 const TICK: Duration = Duration::from_secs(1);
+/// How long a clean stop waits for open files to be closed.
+const OPEN_FILES_WAIT: Duration = Duration::from_secs(2);
 /// Heartbeat periods for which a label that says "in use" is watched.
 const HEARTBEATS_WATCHED: u32 = 3;
 
@@ -40,6 +42,9 @@ pub(crate) struct App {
     device: Arc<Device>,
     smbd: Mutex<Option<csv_smb::smbd::Smbd>>,
     stopping: AtomicBool,
+    /// The FUSE connection is over.
+    served: (Mutex<bool>, Condvar),
+    taken_apart: AtomicBool,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -74,6 +79,8 @@ pub(crate) fn run(config: Config, volume: &str) -> Result<()> {
     app.watch_signals()?;
     app.tick()?;
     let served = app.serve();
+    *app.served.0.lock() = true;
+    app.served.1.notify_all();
     app.take_apart();
     served
 }
@@ -117,6 +124,8 @@ fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
         device,
         smbd: Mutex::new(None),
         stopping: AtomicBool::new(false),
+        served: (Mutex::new(false), Condvar::new()),
+        taken_apart: AtomicBool::new(false),
         runtime,
     });
     app.connect()?;
@@ -147,7 +156,7 @@ fn open_lun(
     }
 }
 
-fn open_labelled(config: &Config, volume: &VolumeConfig, path: &PathBuf) -> Result<Labelled> {
+fn open_labelled(config: &Config, volume: &VolumeConfig, path: &Path) -> Result<Labelled> {
     let lun = Lun::open(path, LunOptions::default())?;
     let label = csv_lun::label::read_label(&lun)?.with_context(|| {
         format!(
@@ -223,7 +232,8 @@ fn refuse_in_use_elsewhere(labelled: &Labelled, me: NodeId, config: &Config) -> 
     std::thread::sleep(csv_lun::label::HEARTBEAT_PERIOD * HEARTBEATS_WATCHED);
     let now = csv_lun::label::read_label(&labelled.lun)?.context("the label vanished")?;
     if (now.heartbeat, now.epoch) != (seen.heartbeat, seen.epoch) {
-        let name = config.node_by_id(now.owner).map_or_else(|| now.owner.to_string(), |node| node.name.clone());
+        let name =
+            config.node_by_id(now.owner).map_or_else(|| now.owner.to_string(), |node| node.name.clone());
         bail!(
             "volume {} is mounted on node {name} right now (epoch {}); stop csvd there first, or correct \
              `coordinator` in csv.toml",
@@ -360,13 +370,24 @@ impl App {
             app.client.commit_all();
             app.device.unmount();
             // Open files keep the connection alive; they must not keep the volume from being handed over.
-            std::thread::sleep(Duration::from_secs(2));
+            let mut served = app.served.0.lock();
+            if !*served {
+                app.served.1.wait_for(&mut served, OPEN_FILES_WAIT);
+            }
+            drop(served);
             app.take_apart();
             std::process::exit(0);
         });
     }
 
     fn take_apart(&self) {
+        self.stopping.store(true, Ordering::Release);
+        if self.taken_apart.swap(true, Ordering::AcqRel) {
+            // The other thread ends the process when it is done.
+            std::thread::park_timeout(OPEN_FILES_WAIT * 10);
+            return;
+        }
+        self.client.chan.close();
         if let Some(smbd) = self.smbd.lock().take() {
             drop(smbd);
         }

@@ -75,8 +75,9 @@ pub(crate) fn control(
     coordinator: &Arc<Coordinator>,
 ) -> Result<()> {
     let addr = config.control_addr(config.me());
-    let listener = TcpListener::bind(addr)
-        .with_context(|| format!("cannot listen on {addr} (control_port in csv.toml): is the port in use?"))?;
+    let listener = TcpListener::bind(addr).with_context(|| {
+        format!("cannot listen on {addr} (control_port in csv.toml): is the port in use?")
+    })?;
     let pem = |name: &str| -> PathBuf { config.local.secrets_dir.join(name) };
     let tls = grpc::TlsFiles { ca: pem("ca.pem"), cert: pem("node.pem"), key: pem("node.key") };
     let (_keep, shutdown) = tokio::sync::watch::channel(false);

@@ -216,7 +216,12 @@ impl Channel {
         let id = self.next_call.fetch_add(1, Ordering::Relaxed);
         let call = proto::Call {
             id,
-            cred: Some(proto::Cred { uid: caller.uid, gid: caller.gid, pid: caller.pid, umask: caller.umask }),
+            cred: Some(proto::Cred {
+                uid: caller.uid,
+                gid: caller.gid,
+                pid: caller.pid,
+                umask: caller.umask,
+            }),
             resent: false,
             first_sent_unix_ms: unix_ms(),
             op: Some(op),

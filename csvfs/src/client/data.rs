@@ -204,11 +204,8 @@ impl VolumeClient {
         self.end_io(inode, token, false);
         match done? {
             true => {
-                let counter = match self.modes.kind() {
-                    ModeKind::Direct => &self.counts.direct_reads,
-                    _ => &self.counts.block_reads,
-                };
-                count(counter, 1);
+                let direct = self.modes.is_direct();
+                count(if direct { &self.counts.direct_reads } else { &self.counts.block_reads }, 1);
                 Ok(Step::Done(data))
             }
             false => Ok(Step::Again),
@@ -331,8 +328,13 @@ impl VolumeClient {
                 self.modes.fenced(error.to_string());
                 Err(Errno::IO)
             }
-            other => {
-                self.events.report("lun-error", other.to_string());
+            LunError::ReadOnly { .. }
+            | LunError::OutOfBounds { .. }
+            | LunError::Misaligned { .. }
+            | LunError::BufferTooSmall { .. }
+            | LunError::Shrunk { .. }
+            | LunError::Unsuitable { .. } => {
+                self.events.report("lun-error", error.to_string());
                 Err(Errno::IO)
             }
         }
@@ -421,12 +423,7 @@ impl VolumeClient {
     ///
     /// # Errors
     /// The errno for the application; nothing is known about what was written then, as after a failed write(2).
-    pub(crate) fn write(
-        &self,
-        caller: Caller,
-        inode: &Arc<Inode>,
-        write: WriteAt<'_>,
-    ) -> Result<(), Errno> {
+    pub(crate) fn write(&self, caller: Caller, inode: &Arc<Inode>, write: WriteAt<'_>) -> Result<(), Errno> {
         if write.kill_setid && inode.setid.load(Ordering::Relaxed) {
             self.kill_setid(caller, inode)?;
         }
@@ -451,12 +448,7 @@ impl VolumeClient {
         self.write_by_call(caller, inode, write)
     }
 
-    fn write_round(
-        &self,
-        caller: Caller,
-        inode: &Arc<Inode>,
-        write: WriteAt<'_>,
-    ) -> Result<Step<()>, Errno> {
+    fn write_round(&self, caller: Caller, inode: &Arc<Inode>, write: WriteAt<'_>) -> Result<Step<()>, Errno> {
         let mut segments = Vec::new();
         let len = write.data.len() as u64;
         let (range, outcome) = {
@@ -500,7 +492,7 @@ impl VolumeClient {
         write: WriteAt<'_>,
     ) -> Result<Step<()>, Errno> {
         let block = self.lun_block();
-        let whole = range.start % block == 0 && range.end % block == 0;
+        let whole = range.start.is_multiple_of(block) && range.end.is_multiple_of(block);
         let (small, extend) = {
             let mut io = inode.io.lock();
             let extend = range.end > io.known_size;
@@ -556,11 +548,8 @@ impl VolumeClient {
     }
 
     fn count_write(&self) {
-        let counter = match self.modes.kind() {
-            ModeKind::Direct => &self.counts.direct_writes,
-            _ => &self.counts.block_writes,
-        };
-        count(counter, 1);
+        let direct = self.modes.is_direct();
+        count(if direct { &self.counts.direct_writes } else { &self.counts.block_writes }, 1);
     }
 
     /// Read-modify-write under an exclusive grant. The segments name the exact bytes; extents are whole file-system

@@ -72,8 +72,6 @@ pub(crate) struct OpenHandle {
 pub(crate) struct SessionFacts {
     /// Secret part of this session's SMB paths.
     pub(crate) smb_token: String,
-    /// File-system block size in bytes.
-    pub(crate) fs_block_bytes: u32,
 }
 
 /// See the module.

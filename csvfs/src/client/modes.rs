@@ -142,10 +142,10 @@ impl Modes {
         if mode == state.mode {
             return false;
         }
-        let message = match &mode.reason {
-            Reason::None => format!("mode changes from {} to {}", state.mode.kind, mode.kind),
-            reason => format!("mode changes from {} to {}, reason: {reason}", state.mode.kind, mode.kind),
-        };
+        let mut message = format!("mode changes from {} to {}", state.mode.kind, mode.kind);
+        if mode.reason != Reason::None {
+            message = format!("{message}, reason: {}", mode.reason);
+        }
         self.kind.store(code(mode.kind), Ordering::Release);
         state.mode = mode;
         state.since = SystemTime::now();

@@ -16,7 +16,7 @@ use super::channel::Link;
 use super::{SessionFacts, now_ms};
 use csv_proto as proto;
 use csv_types::admin::VolumeState;
-use csv_types::{ByteRange, Epoch, FileId};
+use csv_types::{ByteRange, Epoch};
 use proto::call::Op;
 use proto::client_message::Body as Out;
 use proto::server_message::Body as In;
@@ -34,10 +34,8 @@ impl VolumeClient {
         let root = proto::file_id(welcome.root)?;
         let lease_was_alive = self.lease_alive();
         self.inodes.set_root(root);
-        *self.facts.write() = SessionFacts {
-            smb_token: String::from_utf8_lossy(&welcome.smb_token).into_owned(),
-            fs_block_bytes: welcome.fs_block_bytes,
-        };
+        *self.facts.write() =
+            SessionFacts { smb_token: String::from_utf8_lossy(&welcome.smb_token).into_owned() };
         self.set_lease_ms(welcome.lease_ms);
         if let Some(order) = &welcome.order {
             self.modes.ordered(order.fs_redirected, order.maintenance);
@@ -171,7 +169,8 @@ impl VolumeClient {
                 self.end_lease();
                 self.meta.clear();
                 self.drop_layouts();
-                self.events.report("revoked", format!("the coordinator took everything back: {}", revoked.reason));
+                self.events
+                    .report("revoked", format!("the coordinator took everything back: {}", revoked.reason));
             }
             In::Welcome(_) => tracing::warn!("a second Welcome is ignored"),
         }
@@ -236,11 +235,6 @@ impl VolumeClient {
             epoch: self.chan.epoch(),
             io: self.io_counts(),
         }
-    }
-
-    /// The file that a process of this node has open under a handle.
-    pub(crate) fn handle_file(&self, handle: u64) -> Option<FileId> {
-        self.handles.lock().get(&handle).map(|open| open.file)
     }
 }
 

@@ -29,7 +29,6 @@ pub(crate) const LK_FLOCK: u32 = 1;
 /// `fuse_in_header`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct InHeader {
-    pub(crate) len: u32,
     pub(crate) opcode: u32,
     pub(crate) unique: u64,
     pub(crate) nodeid: u64,
@@ -73,7 +72,6 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 impl InHeader {
     pub(crate) fn parse(bytes: &[u8]) -> Option<InHeader> {
         Some(InHeader {
-            len: u32_at(bytes, 0)?,
             opcode: u32_at(bytes, 4)?,
             unique: u64_at(bytes, 8)?,
             nodeid: u64_at(bytes, 16)?,

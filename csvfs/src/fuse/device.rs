@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Largest read or write that the kernel sends, in bytes.
 pub(crate) const IO_BYTES_MAX: usize = 1 << 20;
@@ -21,6 +22,8 @@ pub(crate) const IO_BYTES_MAX: usize = 1 << 20;
 pub(crate) struct Device {
     file: File,
     mount_point: PathBuf,
+    /// Once only: a second time it could take off the mount of this volume's next csvfs.
+    unmounted: AtomicBool,
 }
 
 impl Device {
@@ -51,7 +54,7 @@ impl Device {
             false => format!("cannot mount on {}: csvfs must run as root", mount_point.display()),
         })?;
         rustix::io::ioctl_fionbio(&file, true).context("cannot make /dev/fuse non-blocking")?;
-        Ok(Device { file, mount_point: mount_point.to_owned() })
+        Ok(Device { file, mount_point: mount_point.to_owned(), unmounted: AtomicBool::new(false) })
     }
 
     /// Reads one request: its first [`abi::WRITE_HEAD_BYTES`] bytes into `head`, the rest into `payload`.
@@ -87,6 +90,9 @@ impl Device {
 
     /// Takes the mount away; the kernel then ends the connection.
     pub(crate) fn unmount(&self) {
+        if self.unmounted.swap(true, Ordering::AcqRel) {
+            return;
+        }
         if let Err(error) = nix::mount::umount2(&self.mount_point, MntFlags::MNT_DETACH) {
             tracing::debug!(%error, "unmount");
         }
@@ -122,7 +128,8 @@ fn clear_dead_mount(mount_point: &Path) -> Result<()> {
 }
 
 fn is_mounted(mount_point: &Path) -> Result<bool> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
+    let table =
+        std::fs::read_to_string("/proc/self/mountinfo").context("cannot read /proc/self/mountinfo")?;
     let wanted = mount_point.to_string_lossy().replace(' ', "\\040");
     Ok(table.lines().any(|line| line.split(' ').nth(4) == Some(wanted.as_str())))
 }

@@ -14,10 +14,10 @@ use crate::client::{OpenHandle, inode};
 use csv_proto as proto;
 use csv_types::FileId;
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno as FuseErrno, FileAttr, FileHandle, FileType, Filesystem,
-    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr,
-    ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno as FuseErrno, FileAttr, FileHandle, FileType,
+    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags,
+    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
 };
 use proto::call::Op;
 use proto::reply::Body;
@@ -50,13 +50,7 @@ fn fuse_errno(errno: Errno) -> FuseErrno {
 }
 
 fn caller(request: &Request, umask: u32) -> Caller {
-    Caller {
-        request: request.unique().0,
-        uid: request.uid(),
-        gid: request.gid(),
-        pid: request.pid(),
-        umask,
-    }
+    Caller { request: request.unique().0, uid: request.uid(), gid: request.gid(), pid: request.pid(), umask }
 }
 
 /// Answers with `reply.$good(...)` or `reply.error`.
@@ -630,14 +624,21 @@ impl Filesystem for CsvFs {
     fn fsync(&self, request: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
         let outcome = match Hidden::owns(ino.0) {
             true => self.hidden.fsync(ino.0),
-            false => self
-                .inode(ino)
-                .and_then(|inode| self.client.fsync(caller(request, 0), &inode, datasync)),
+            false => {
+                self.inode(ino).and_then(|inode| self.client.fsync(caller(request, 0), &inode, datasync))
+            }
         };
         answer!(reply, outcome, () => reply.ok());
     }
 
-    fn readdir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
+    fn readdir(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
         if Hidden::owns(ino.0) {
             return reply.ok();
         }

@@ -38,7 +38,8 @@ pub(crate) fn serve(device: Arc<Device>, client: Arc<VolumeClient>, hidden: Arc<
     let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
         .context("cannot make a socket pair")?;
     for end in [&ours, &theirs] {
-        sockopt::set_socket_send_buffer_size_force(end, QUEUE_BYTES).context("cannot enlarge a socket buffer")?;
+        sockopt::set_socket_send_buffer_size_force(end, QUEUE_BYTES)
+            .context("cannot enlarge a socket buffer")?;
     }
     let ours = Arc::new(ours);
     let replies = {

@@ -17,9 +17,9 @@ use super::device::{Device, IO_BYTES_MAX};
 use super::hidden::Hidden;
 use crate::client::VolumeClient;
 use crate::client::channel::Caller;
+use crate::client::count;
 use crate::client::data::WriteAt;
 use crate::client::inode::Inode;
-use crate::client::count;
 use crate::pool::Pool;
 use abi::{InHeader, IoIn, LkIn};
 use csv_layout::cache::{IoToken, Outcome, Segment};
@@ -341,12 +341,13 @@ impl Pump {
         };
         let append = io.open_flags & nix::libc::O_APPEND as u32 != 0 && io.io_flags & abi::WRITE_CACHE == 0;
         let kill_setid = io.io_flags & abi::WRITE_KILL_SUIDGID != 0 && inode.setid.load(Ordering::Relaxed);
-        if !append && !kill_setid {
-            if let Some(mut hot) = self.hot_write(header, io, &inode) {
-                hot.buf = std::mem::replace(payload, self.new_payload());
-                self.deferred = Some(hot);
-                return;
-            }
+        if !append
+            && !kill_setid
+            && let Some(mut hot) = self.hot_write(header, io, &inode)
+        {
+            hot.buf = std::mem::replace(payload, self.new_payload());
+            self.deferred = Some(hot);
+            return;
         }
         let buf = std::mem::replace(payload, self.new_payload());
         self.slow_write(caller(header), inode, buf, WriteWhat { offset: io.offset, len, append, kill_setid });
@@ -356,7 +357,7 @@ impl Pump {
         let block = u64::from(self.direct_lun()?.logical_block_bytes());
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
-        if range.start % block != 0 || range.end % block != 0 {
+        if !range.start.is_multiple_of(block) || !range.end.is_multiple_of(block) {
             return None;
         }
         let outcome = inode.io.lock().begin_write(range, block, &mut self.segments);
@@ -570,4 +571,3 @@ fn span(place: LunOffset, len: u64, block: u64) -> Option<(LunOffset, usize, usi
     let skip = usize::try_from(place.0 - wide.start).ok()?;
     Some((LunOffset(wide.start), block_len, skip, usize::try_from(len).ok()?))
 }
-
