@@ -1,7 +1,7 @@
 //! The report as one HTML file that needs nothing else: facts, a bar chart per job (inline SVG), the whole table.
 
 use super::jobs::{Job, ModeName};
-use super::report::{Outcome, Row, number};
+use super::report::{Outcome, Row, memory, number};
 use std::fmt::Write as _;
 
 const STYLE: &str = "body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:64rem;color:#222;background:#fff}\
@@ -84,14 +84,14 @@ fn chart(job: Job, rows: &[&Row], html: &mut String) {
 fn table(outcome: &Outcome, html: &mut String) {
     html.push_str(
         "<h2>All figures</h2><table><tr><th>job</th><th>mode</th><th>node</th><th>IOPS</th><th>min</th><th>max</th>\
-         <th>MiB/s</th><th>p50 &micro;s</th><th>p99 &micro;s</th><th>/ raw</th><th>/ coordinator</th><th>CPU &micro;s/IO</th></tr>",
+         <th>MiB/s</th><th>p50 &micro;s</th><th>p99 &micro;s</th><th>/ raw</th><th>/ coordinator</th><th>/ SMB library</th><th>CPU &micro;s/IO</th></tr>",
     );
     for row in &outcome.rows {
         let bw = row.bw_bytes_per_s.map_or("-".into(), |bw| format!("{:.1}", bw / 1_048_576.0));
         let _ = write!(
             html,
             "<tr><td>{}</td><td>{}</td><td>{}</td><td>{:.0}</td><td>{:.0}</td><td>{:.0}</td><td>{bw}</td><td>{:.0}</td>\
-             <td>{:.0}</td><td>{}</td><td>{}</td><td>{:.1}</td></tr>",
+             <td>{:.0}</td><td>{}</td><td>{}</td><td>{}</td><td>{:.1}</td></tr>",
             row.job,
             row.mode,
             escape(&row.node),
@@ -102,10 +102,19 @@ fn table(outcome: &Outcome, html: &mut String) {
             row.p99_us,
             number(row.ratio_to_raw),
             number(row.ratio_to_coordinator),
+            number(row.ratio_to_smb_library),
             row.cpu_us_per_io,
         );
     }
     html.push_str("</table>");
+    for (row, bytes) in memory(outcome) {
+        let _ = write!(
+            html,
+            "<p>Memory: csvfs on {} ({}) grows by {bytes} bytes per open file.</p>",
+            escape(&row.node),
+            row.mode
+        );
+    }
 }
 
 fn colour(mode: ModeName) -> &'static str {
@@ -132,7 +141,7 @@ mod tests {
     fn page_is_self_contained_and_escaped() {
         let html = page(&outcome());
         assert_eq!(html.matches("<svg").count(), 2);
-        assert_eq!(html.matches("<tr>").count(), 1 + 3);
+        assert_eq!(html.matches("<tr>").count(), 1 + 5);
         assert!(html.contains("&lt;model&gt;") && !html.contains("<model>"));
         for outside in ["http://", "https://", "<script", "<link", "@import", "src="] {
             assert!(!html.contains(outside), "{outside}");

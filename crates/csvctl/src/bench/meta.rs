@@ -39,6 +39,9 @@ pub(super) struct MetaResult {
     pub(super) p50_us: f64,
     pub(super) p99_us: f64,
     pub(super) seconds: f64,
+    /// Processor time of the machine during the work, where the program measures it itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) busy_us: Option<u64>,
 }
 
 /// Runs the helper and prints its result.
@@ -73,6 +76,7 @@ fn measure(dir: &Path, op: MetaOp, files: u32) -> anyhow::Result<MetaResult> {
         p50_us: percentile(&times_us, 50),
         p99_us: percentile(&times_us, 99),
         seconds,
+        busy_us: None,
     })
 }
 

@@ -15,6 +15,7 @@ mod fio;
 mod html;
 mod jobs;
 mod lab;
+mod memory;
 mod meta;
 mod region;
 mod report;
@@ -63,6 +64,9 @@ enum Helper {
     /// Creates, stats or unlinks numbered files in a directory and prints the rate as JSON.
     #[command(hide = true)]
     Meta(meta::MetaArgs),
+    /// Opens files and prints how much the node's csvfs grew, as JSON.
+    #[command(hide = true)]
+    Memory(memory::MemoryArgs),
 }
 
 /// How much to measure.
@@ -104,8 +108,10 @@ impl Plan {
 /// # Errors
 /// No lab and none can be brought up; fio missing; a job that failed, with fio's own words.
 pub(crate) fn run(args: Args, json: bool) -> anyhow::Result<()> {
-    if let Some(Helper::Meta(meta)) = &args.helper {
-        return meta::run(meta);
+    match &args.helper {
+        Some(Helper::Meta(meta)) => return meta::run(meta),
+        Some(Helper::Memory(memory)) => return memory::run(memory),
+        None => {}
     }
     let plan = Plan::new(&args);
     fio::check_installed()?;

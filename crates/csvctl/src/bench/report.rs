@@ -15,6 +15,8 @@ pub(super) struct Measured {
     pub(super) round: u32,
     pub(super) sample: Sample,
     pub(super) cpu_us_per_io: f64,
+    /// With the create job: what an open file costs the node's csvfs.
+    pub(super) rss_bytes_per_open_file: Option<u64>,
 }
 
 /// A row of the result; medians over the rounds.
@@ -30,9 +32,13 @@ pub(super) struct Row {
     pub(super) ratio_to_raw: Option<f64>,
     /// The same, by the coordinator's rate.
     pub(super) ratio_to_coordinator: Option<f64>,
+    /// Only for the redirected modes: the same, by the rate of libsmbclient alone on the same share.
+    pub(super) ratio_to_smb_library: Option<f64>,
     pub(super) cpu_us_per_io: f64,
     /// `null` for metadata jobs.
     pub(super) bw_bytes_per_s: Option<f64>,
+    /// Growth of the node's csvfs when many files are opened and read, by file; in the rows of the create job.
+    pub(super) rss_bytes_per_open_file: Option<u64>,
     pub(super) seconds: f64,
     pub(super) rounds: u32,
     /// Slowest and fastest round, to see how steady the machine was.
@@ -96,8 +102,14 @@ fn row(measured: &[Measured], job: Job, mode: ModeName, rounds: u32) -> Option<R
         p99_us: field(|m| m.sample.p99_us)?,
         ratio_to_raw: ratio(measured, &own, ModeName::Raw),
         ratio_to_coordinator: ratio(measured, &own, ModeName::Coordinator),
+        ratio_to_smb_library: if matches!(mode, ModeName::BlockRedirected | ModeName::FsRedirected) {
+            ratio(measured, &own, ModeName::SmbLibrary)
+        } else {
+            None
+        },
         cpu_us_per_io: field(|m| m.cpu_us_per_io)?,
         bw_bytes_per_s: job.shape().and_then(|_| field(|m| m.sample.bw_bytes_per_s)),
+        rss_bytes_per_open_file: own.iter().find_map(|m| m.rss_bytes_per_open_file),
         seconds: own.iter().map(|m| m.sample.seconds).sum(),
         rounds,
         iops_min: iops().fold(f64::INFINITY, f64::min),
@@ -142,13 +154,13 @@ pub(super) fn table(outcome: &Outcome) -> String {
     );
     let _ = writeln!(
         text,
-        "{:<18} {:<17} {:<5} {:>10} {:>10} {:>9} {:>9} {:>7} {:>8} {:>9}",
-        "JOB", "MODE", "NODE", "IOPS", "MiB/s", "P50 us", "P99 us", "/RAW", "/COORD", "CPU us/IO"
+        "{:<18} {:<17} {:<5} {:>10} {:>10} {:>9} {:>9} {:>7} {:>8} {:>7} {:>9}",
+        "JOB", "MODE", "NODE", "IOPS", "MiB/s", "P50 us", "P99 us", "/RAW", "/COORD", "/SMB", "CPU us/IO"
     );
     for row in &outcome.rows {
         let _ = writeln!(
             text,
-            "{:<18} {:<17} {:<5} {:>10.0} {:>10} {:>9.0} {:>9.0} {:>7} {:>8} {:>9.1}",
+            "{:<18} {:<17} {:<5} {:>10.0} {:>10} {:>9.0} {:>9.0} {:>7} {:>8} {:>7} {:>9.1}",
             row.job,
             row.mode,
             row.node,
@@ -158,11 +170,24 @@ pub(super) fn table(outcome: &Outcome) -> String {
             row.p99_us,
             number(row.ratio_to_raw),
             number(row.ratio_to_coordinator),
+            number(row.ratio_to_smb_library),
             row.cpu_us_per_io
+        );
+    }
+    for (row, bytes) in memory(outcome) {
+        let _ = writeln!(
+            text,
+            "memory: csvfs on {} ({}) grows by {bytes} bytes per open file",
+            row.node, row.mode
         );
     }
     text.truncate(text.trim_end().len());
     text
+}
+
+/// Rows that say what an open file costs.
+pub(super) fn memory(outcome: &Outcome) -> impl Iterator<Item = (&Row, u64)> {
+    outcome.rows.iter().filter_map(|row| Some((row, row.rss_bytes_per_open_file?)))
 }
 
 /// A ratio for people.
@@ -183,7 +208,15 @@ pub(super) mod tests {
             p99_us: 3e6 / iops,
             seconds: 1.0,
         };
-        Measured { job, mode, node: "n1".into(), round, sample, cpu_us_per_io: 7.0 }
+        Measured {
+            job,
+            mode,
+            node: "n1".into(),
+            round,
+            sample,
+            cpu_us_per_io: 7.0,
+            rss_bytes_per_open_file: (job == Job::Create).then_some(1500),
+        }
     }
 
     pub(in super::super) fn outcome() -> Outcome {
@@ -196,6 +229,8 @@ pub(super) mod tests {
             measured(Job::RandreadQd1, ModeName::Direct, 1, 91.0),
             measured(Job::RandreadQd1, ModeName::Raw, 2, 1000.0),
             measured(Job::RandreadQd1, ModeName::Direct, 2, 990.0),
+            measured(Job::RandreadQd1, ModeName::BlockRedirected, 2, 300.0),
+            measured(Job::RandreadQd1, ModeName::SmbLibrary, 2, 400.0),
         ];
         let facts = Facts {
             kernel: "6.18".into(),
@@ -212,19 +247,22 @@ pub(super) mod tests {
     #[test]
     fn ratios_are_taken_within_rounds() {
         let rows = outcome().rows;
-        assert_eq!(rows.len(), 3);
+        assert_eq!(rows.len(), 5);
         assert_eq!((rows[0].job, rows[0].mode), (Job::RandreadQd1, ModeName::Raw));
         let direct = &rows[1];
         assert!((direct.ratio_to_raw.unwrap() - 0.91).abs() < 1e-9, "{direct:?}");
         assert!((direct.iops - 900.0).abs() < 1e-9);
         assert!((direct.iops_min - 91.0).abs() < 1e-9);
-        assert_eq!(direct.ratio_to_coordinator, None);
+        assert_eq!((direct.ratio_to_coordinator, direct.ratio_to_smb_library), (None, None));
+        assert!((rows[2].ratio_to_smb_library.unwrap() - 0.75).abs() < 1e-9, "{:?}", rows[2]);
+        assert_eq!(rows[3].ratio_to_smb_library, None, "the reference has no ratio to itself");
     }
 
     #[test]
     fn json_has_the_agreed_fields_and_null_where_raw_has_no_job() {
         let rows = serde_json::to_value(outcome().rows).unwrap();
-        let create = &rows[2];
+        let create = &rows[4];
+        assert_eq!(create["rss_bytes_per_open_file"], 1500);
         assert_eq!(create["job"], "create");
         assert!(create["ratio_to_raw"].is_null() && create["bw_bytes_per_s"].is_null());
         for name in ["mode", "job", "node", "iops", "p50_us", "p99_us", "ratio_to_raw", "cpu_us_per_io"] {
@@ -241,7 +279,7 @@ pub(super) mod tests {
     #[test]
     fn table_has_a_line_per_row() {
         let text = table(&outcome());
-        assert_eq!(text.lines().count(), 2 + 3);
-        assert!(text.contains("0.910"), "{text}");
+        assert_eq!(text.lines().count(), 2 + 5 + 1);
+        assert!(text.contains("0.910") && text.contains("1500 bytes per open file"), "{text}");
     }
 }

@@ -4,6 +4,7 @@ use super::cpu::Busy;
 use super::fio::{self, Extent, Sample, Target};
 use super::jobs::{Job, ModeName};
 use super::lab::BenchLab;
+use super::memory::Memory;
 use super::meta::MetaResult;
 use super::region::{self, Region};
 use super::report::{Facts, Measured, Outcome};
@@ -16,6 +17,8 @@ use std::path::PathBuf;
 const DIR: &str = "csv-bench";
 /// The cost of starting fio is the least of so many starts.
 const START_PROBES: usize = 3;
+/// Files opened to see what an open file costs.
+const MEMORY_FILES: u32 = 1000;
 /// The bench file may be made this many times larger to find room in one piece.
 const GROW_MAX: u32 = 2;
 
@@ -109,6 +112,7 @@ impl Stage<'_> {
                     round,
                     sample,
                     cpu_us_per_io,
+                    rss_bytes_per_open_file: None,
                 });
             }
         }
@@ -178,55 +182,105 @@ impl Stage<'_> {
         Target { path: self.device.clone(), device: true, offset: self.region.lun_offset, len }
     }
 
-    /// libsmbclient alone on the same stretch of the same file; `None` for jobs without a counterpart.
+    /// libsmbclient alone on the same stretch of the same file, by its name on the share; `None` for jobs without a
+    /// counterpart.
     fn smb_library(&self, job: Job, node: &str) -> anyhow::Result<Option<(Sample, f64)>> {
-        let (Some(program), Some(shape)) = (&self.smb_reference, job.shape()) else { return Ok(None) };
-        if job == Job::AllocSeqwrite1m {
-            return Ok(None);
-        }
-        let argv = [
-            program.to_string_lossy().into_owned(),
-            "/etc/csv/csv.toml".into(),
-            self.lab.volume.clone(),
-            format!("{DIR}/data"),
-            shape.rw.into(),
-            shape.block_bytes.to_string(),
-            shape.depth.to_string(),
-            self.region.file_offset.to_string(),
-            self.region.len.to_string(),
-            self.plan.runtime_s.to_string(),
+        let Some(shape) = job.shape().filter(|_| job != Job::AllocSeqwrite1m) else { return Ok(None) };
+        let words = [
+            ("--path", format!("{DIR}/data")),
+            ("--op", shape.rw.to_owned()),
+            ("--block-bytes", shape.block_bytes.to_string()),
+            ("--depth", shape.depth.to_string()),
+            ("--offset", self.region.file_offset.to_string()),
+            ("--len", self.region.len.to_string()),
+            ("--runtime-s", self.plan.runtime_s.to_string()),
         ];
-        let before = Busy::now()?;
+        self.smb_reference(node, &words, shape.block_bytes)
+    }
+
+    /// The metadata jobs by libsmbclient alone; `dir` is below the volume's root.
+    fn smb_library_meta(&self, job: Job, node: &str, dir: &str) -> anyhow::Result<Option<(Sample, f64)>> {
+        let files = self.plan.meta_files.to_string();
+        let words = [("--path", dir.to_owned()), ("--op", job.to_string()), ("--files", files)];
+        self.smb_reference(node, &words, 0)
+    }
+
+    fn smb_reference(
+        &self,
+        node: &str,
+        words: &[(&str, String)],
+        block_bytes: u64,
+    ) -> anyhow::Result<Option<(Sample, f64)>> {
+        let Some(program) = &self.smb_reference else { return Ok(None) };
+        let mut argv =
+            vec![program.to_string_lossy().into_owned(), "--volume".into(), self.lab.volume.clone()];
+        argv.extend(words.iter().flat_map(|(name, value)| [(*name).to_owned(), value.clone()]));
         let text = self.lab.exec(node, &argv)?;
-        let busy_us = Busy::now()?.since_us(before);
-        let sample = from_result(&text, shape.block_bytes)?;
-        Ok(Some((sample, per_io(busy_us, sample.ios))))
+        let result = parse_result(&text)?;
+        let busy_us =
+            result.busy_us.context("csv-smb-ref says no processor time; install the same version")?;
+        Ok(Some((sample_of(&result, block_bytes), per_io(busy_us, result.ops))))
     }
 
     /// One round of the metadata jobs. They need each other's files, so all run; those asked for are kept.
     fn meta_round(&self, round: u32, bar: &ProgressBar, measured: &mut Vec<Measured>) -> anyhow::Result<()> {
         let dir = format!("{}/{DIR}/files", self.lab.mount_point());
-        let files = self.plan.meta_files.to_string();
-        for (mode, node) in self.ways.iter().filter(|(mode, _)| *mode != ModeName::SmbLibrary) {
+        self.lab.exec(&self.lab.coordinator, &["mkdir", "-p", &dir])?;
+        for (mode, node) in &self.ways {
             self.in_mode(*mode, node, || {
                 for job in [Job::Create, Job::Stat, Job::Unlink] {
                     bar.set_message(format!("{job} {mode} on {node}"));
-                    let before = Busy::now()?;
-                    let text = self.lab.ctl(node, &["bench", "meta", &dir, &job.to_string(), &files]);
-                    let text = text.with_context(|| format!("{job} {mode} on {node}"))?;
-                    let busy_us = Busy::now()?.since_us(before);
-                    let sample = from_result(&text, 0)?;
-                    let cpu_us_per_io = per_io(busy_us, sample.ios);
-                    if self.plan.jobs.contains(&job) {
-                        let node = node.clone();
-                        measured.push(Measured { job, mode: *mode, node, round, sample, cpu_us_per_io });
-                    }
+                    let sample =
+                        self.meta(job, *mode, node).with_context(|| format!("{job} {mode} on {node}"))?;
                     bar.inc(1);
+                    let Some((sample, cpu_us_per_io)) = sample.filter(|_| self.plan.jobs.contains(&job))
+                    else {
+                        continue;
+                    };
+                    let rss_bytes_per_open_file =
+                        if job == Job::Create && round == 0 { self.memory(*mode, node)? } else { None };
+                    let node = node.clone();
+                    let mode = *mode;
+                    measured.push(Measured {
+                        job,
+                        mode,
+                        node,
+                        round,
+                        sample,
+                        cpu_us_per_io,
+                        rss_bytes_per_open_file,
+                    });
                 }
                 Ok(())
             })?;
         }
         Ok(())
+    }
+
+    fn meta(&self, job: Job, mode: ModeName, node: &str) -> anyhow::Result<Option<(Sample, f64)>> {
+        if mode == ModeName::SmbLibrary {
+            return self.smb_library_meta(job, node, &format!("{DIR}/files"));
+        }
+        let dir = format!("{}/{DIR}/files", self.lab.mount_point());
+        let files = self.plan.meta_files.to_string();
+        let before = Busy::now()?;
+        let text = self.lab.ctl(node, &["bench", "meta", &dir, &job.to_string(), &files])?;
+        let busy_us = Busy::now()?.since_us(before);
+        let sample = sample_of(&parse_result(&text)?, 0);
+        Ok(Some((sample, per_io(busy_us, sample.ios))))
+    }
+
+    /// What an open file costs csvfs on the node, for the modes that differ in it.
+    fn memory(&self, mode: ModeName, node: &str) -> anyhow::Result<Option<u64>> {
+        if !matches!(mode, ModeName::Coordinator | ModeName::Direct | ModeName::BlockRedirected) {
+            return Ok(None);
+        }
+        let dir = format!("{}/{DIR}/memory", self.lab.mount_point());
+        let text = self.lab.ctl(node, &["bench", "memory", &dir, &MEMORY_FILES.to_string()]);
+        let text = text.with_context(|| format!("memory per open file on {node}"))?;
+        let memory: Memory =
+            serde_json::from_str(text.trim()).with_context(|| format!("reading {text:?}"))?;
+        Ok(Some(memory.bytes_per_file()))
     }
 }
 
@@ -278,19 +332,21 @@ fn smb_reference_program() -> Option<PathBuf> {
     program.is_file().then_some(program)
 }
 
-fn from_result(text: &str, block_bytes: u64) -> anyhow::Result<Sample> {
-    let result: MetaResult =
-        serde_json::from_str(text.trim()).with_context(|| format!("reading {text:?}"))?;
+fn parse_result(text: &str) -> anyhow::Result<MetaResult> {
+    serde_json::from_str(text.trim()).with_context(|| format!("reading {text:?}"))
+}
+
+fn sample_of(result: &MetaResult, block_bytes: u64) -> Sample {
     #[expect(clippy::cast_precision_loss, reason = "block sizes are small")]
     let block_bytes = block_bytes as f64;
-    Ok(Sample {
+    Sample {
         ios: result.ops,
         iops: result.ops_per_s,
         bw_bytes_per_s: result.ops_per_s * block_bytes,
         p50_us: result.p50_us,
         p99_us: result.p99_us,
         seconds: result.seconds,
-    })
+    }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a quotient for people")]
@@ -301,8 +357,7 @@ fn per_io(busy_us: u64, ios: u64) -> f64 {
 fn progress_bar(stage: &Stage<'_>) -> ProgressBar {
     let data = stage.plan.jobs.iter().filter(|job| job.shape().is_some()).count() * (stage.ways.len() + 1);
     let with_meta = stage.plan.jobs.iter().any(|job| job.shape().is_none());
-    let meta_ways = stage.ways.iter().filter(|(mode, _)| *mode != ModeName::SmbLibrary).count();
-    let meta = if with_meta { 3 * meta_ways } else { 0 };
+    let meta = if with_meta { 3 * stage.ways.len() } else { 0 };
     let bar = ProgressBar::new((data + meta) as u64 * u64::from(stage.plan.rounds));
     let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {elapsed_precise} eta {eta} {msg}");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));

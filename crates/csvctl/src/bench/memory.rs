@@ -1,0 +1,127 @@
+//! Memory that an open file costs: how much the node's csvfs grows when so many files are opened and read. It runs
+//! inside a node (`csvctl bench memory DIR N`), because a process can be looked at by its name only there.
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+
+/// Each file holds one block, so that its layout is held too.
+const FILE_BYTES: usize = 4096;
+
+/// Arguments of the helper.
+#[derive(Debug, clap::Args)]
+pub(crate) struct MemoryArgs {
+    /// Directory on the volume; made, and removed with its files.
+    dir: PathBuf,
+    /// How many files.
+    #[arg(value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    files: u64,
+}
+
+/// What the helper prints.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Memory {
+    pub(super) files: u64,
+    pub(super) rss_bytes_before: u64,
+    pub(super) rss_bytes_after: u64,
+}
+
+impl Memory {
+    /// Growth by file; 0 when csvfs shrank.
+    pub(super) fn bytes_per_file(self) -> u64 {
+        self.rss_bytes_after.saturating_sub(self.rss_bytes_before) / self.files.max(1)
+    }
+}
+
+/// Runs the helper and prints its result.
+///
+/// # Errors
+/// csvfs does not run here, or an operation failed, with the file's name.
+pub(super) fn run(args: &MemoryArgs) -> anyhow::Result<()> {
+    let result = measure(&args.dir, args.files);
+    let cleared = std::fs::remove_dir_all(&args.dir);
+    let memory = result?;
+    cleared.with_context(|| format!("removing {}", args.dir.display()))?;
+    writeln!(std::io::stdout(), "{}", serde_json::to_string(&memory)?).context("printing the result")
+}
+
+fn measure(dir: &Path, files: u64) -> anyhow::Result<Memory> {
+    let pid = csvfs_pid()?;
+    allow_files(files)?;
+    std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    let path = |number: u64| dir.join(format!("m{number:06}"));
+    for number in 0..files {
+        let path = path(number);
+        std::fs::write(&path, [1; FILE_BYTES]).with_context(|| format!("writing {}", path.display()))?;
+    }
+    let rss_bytes_before = rss_bytes(pid)?;
+    let mut open = Vec::new();
+    let mut block = [0; FILE_BYTES];
+    for number in 0..files {
+        let path = path(number);
+        let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
+        file.read_exact_at(&mut block, 0).with_context(|| format!("reading {}", path.display()))?;
+        open.push(file);
+    }
+    let rss_bytes_after = rss_bytes(pid)?;
+    Ok(Memory { files, rss_bytes_before, rss_bytes_after })
+}
+
+fn allow_files(files: u64) -> anyhow::Result<()> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let now = getrlimit(Resource::Nofile);
+    let wanted = files + 64;
+    if now.current.is_some_and(|current| current < wanted) {
+        let limit = Rlimit { current: Some(wanted), maximum: now.maximum.map(|most| most.max(wanted)) };
+        setrlimit(Resource::Nofile, limit).with_context(|| format!("allowing {wanted} open files"))?;
+    }
+    Ok(())
+}
+
+/// The one csvfs of this node.
+fn csvfs_pid() -> anyhow::Result<u32> {
+    let entries = std::fs::read_dir("/proc").context("reading /proc")?;
+    let pids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+    let is_csvfs = |pid: &u32| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "csvfs")
+    };
+    match pids.filter(is_csvfs).collect::<Vec<_>>()[..] {
+        [pid] => Ok(pid),
+        [] => bail!("no csvfs runs here; memory is measured inside a node"),
+        _ => bail!("several csvfs run here; memory is measured on a node with one volume"),
+    }
+}
+
+fn rss_bytes(pid: u32) -> anyhow::Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+    parse_rss(&text).with_context(|| format!("{path} has no line \"VmRSS\""))
+}
+
+fn parse_rss(status: &str) -> Option<u64> {
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rss_is_read_in_bytes() {
+        assert_eq!(parse_rss("Name:\tcsvfs\nVmRSS:\t   12 kB\n"), Some(12_288));
+        assert_eq!(parse_rss("Name:\tcsvfs\n"), None);
+        assert!(rss_bytes(std::process::id()).unwrap() > 4096);
+    }
+
+    #[test]
+    fn growth_by_file_never_underflows() {
+        let grown = Memory { files: 10, rss_bytes_before: 1000, rss_bytes_after: 6000 };
+        assert_eq!(grown.bytes_per_file(), 500);
+        assert_eq!(Memory { rss_bytes_after: 1, ..grown }.bytes_per_file(), 0);
+    }
+}
