@@ -13,7 +13,7 @@ use crate::client::channel::Caller;
 use csv_coordinator::Coordinator;
 use csv_lun::Lun;
 use csv_proto as proto;
-use csv_types::{FileId, LunOffset};
+use csv_types::{ByteRange, FileId, LunOffset};
 use parking_lot::Mutex;
 use proto::call::Op;
 use proto::reply::Body;
@@ -181,12 +181,17 @@ impl Owner {
     }
 
     fn read_block(&self, token: &str, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        // smbd may ask past the end; direct I/O wants whole blocks.
+        // smbd may ask past the end.
         let len = len.min(usize::try_from(self.lun.capacity_bytes().saturating_sub(offset)).unwrap_or(len));
         let _guard = self.coordinator.block_begin(token, offset, len as u64, false)?;
-        let mut buf = self.client.bufs.get(len);
-        self.lun.read_at(&mut buf, len, LunOffset(offset)).map_err(|error| self.failed(&error))?;
-        Ok(buf[..len].to_vec())
+        // What is lent may end within a block, where the file ends.
+        let block = u64::from(self.lun.logical_block_bytes());
+        let wide = ByteRange::at(offset, len as u64).align_out(block);
+        let wide_len = usize::try_from(wide.len()).map_err(|_| Errno::INVAL)?;
+        let skip = usize::try_from(offset - wide.start).map_err(|_| Errno::INVAL)?;
+        let mut buf = self.client.bufs.get(wide_len);
+        self.lun.read_at(&mut buf, wide_len, LunOffset(wide.start)).map_err(|error| self.failed(&error))?;
+        Ok(buf[skip..skip + len].to_vec())
     }
 
     fn write_block(&self, token: &str, offset: u64, data: &[u8]) -> Result<(), Errno> {
