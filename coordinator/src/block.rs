@@ -55,21 +55,27 @@ impl Pieces {
         }
     }
 
-    /// The file bytes behind LUN bytes, or `None` when some of them are not known to be lent.
-    pub(crate) fn find(&self, lun: ByteRange) -> Option<Vec<(FileId, ByteRange)>> {
+    /// The file bytes behind LUN bytes, or `None` when some of them are not known to be lent. What is lent of a block
+    /// counts for all of it; with 1 as block size every byte has to be lent.
+    pub(crate) fn find(&self, lun: ByteRange, block: u64) -> Option<Vec<(FileId, ByteRange)>> {
+        let wide = lun.align_out(block);
+        let before = self.by_lun.range(..=wide.start).next_back();
+        let behind = self.by_lun.range(wide.start.saturating_add(1)..wide.end.max(wide.start + 1));
         let mut found = Vec::new();
         let mut at = lun.start;
-        while at < lun.end {
-            let (start, piece) = self.by_lun.range(..=at).next_back()?;
-            let skip = at - start;
-            if skip >= piece.range.len() {
+        for (start, piece) in before.into_iter().chain(behind) {
+            let here = ByteRange::at(*start, piece.range.len()).intersect(&wide);
+            if here.is_empty() {
+                continue;
+            }
+            let blocks = here.align_out(block);
+            if blocks.start > at {
                 return None;
             }
-            let len = (piece.range.len() - skip).min(lun.end - at);
-            found.push((piece.file, ByteRange::at(piece.range.start + skip, len)));
-            at += len;
+            found.push((piece.file, ByteRange::at(piece.range.start + (here.start - start), here.len())));
+            at = at.max(blocks.end);
         }
-        Some(found)
+        (at >= lun.end).then_some(found)
     }
 
     /// LUN bytes that now belong to another file range: the old note is wrong.
@@ -164,7 +170,7 @@ impl Coordinator {
     /// # Errors
     /// EACCES for an unknown token, ESTALE when the bytes are not lent to that node (any more).
     pub fn block_check(&self, token: &str, lun_offset: u64, len: u64, write: bool) -> Result<(), Errno> {
-        lent(&self.core.lock(), token, ByteRange::at(lun_offset, len), write).map(|_| ())
+        self.lent(&self.core.lock(), token, ByteRange::at(lun_offset, len), write).map(|_| ())
     }
 
     /// As `block_check`, and keeps everybody else off these bytes until the result is dropped.
@@ -179,7 +185,7 @@ impl Coordinator {
         write: bool,
     ) -> Result<BlockGuard, Errno> {
         let mut core = self.core.lock();
-        let (node, pieces) = lent(&core, token, ByteRange::at(lun_offset, len), write)?;
+        let (node, pieces) = self.lent(&core, token, ByteRange::at(lun_offset, len), write)?;
         let id = core.number();
         for (file, range) in &pieces {
             core.file(*file).block_io.push((id, node, *range));
@@ -203,29 +209,33 @@ impl Coordinator {
         // An error is the signal: the sender is dropped when the range is idle.
         let _idle = idle.await;
     }
+
+    /// A grant to read ends with the file, which need not be the end of a block; the LUN is read in whole blocks. The
+    /// rest of the block belongs to the same file, so to read it does no harm. Writes are exact.
+    fn lent(
+        &self,
+        core: &Core,
+        token: &str,
+        lun: ByteRange,
+        write: bool,
+    ) -> Result<(NodeId, Vec<(FileId, ByteRange)>), Errno> {
+        let node = token_session(core, token).ok_or(Errno::ACCESS)?;
+        let session = core.sessions.get(&node).ok_or(Errno::ACCESS)?;
+        let block = if write { 1 } else { u64::from(self.fs.block_bytes()) };
+        let pieces = session.pieces.find(lun, block).ok_or(Errno::STALE)?;
+        let access = if write { Access::Write } else { Access::Read };
+        if pieces.iter().all(|(file, range)| core.table.holds(node, *file, *range, access)) {
+            Ok((node, pieces))
+        } else {
+            Err(Errno::STALE)
+        }
+    }
 }
 
 fn token_session(core: &Core, token: &str) -> Option<NodeId> {
     // Tokens are as long as a digest and random; which one matches first tells nothing.
     let found = core.sessions.iter().find(|(_, session)| !session.doomed && session.token == token);
     found.map(|(node, _)| *node)
-}
-
-fn lent(
-    core: &Core,
-    token: &str,
-    lun: ByteRange,
-    write: bool,
-) -> Result<(NodeId, Vec<(FileId, ByteRange)>), Errno> {
-    let node = token_session(core, token).ok_or(Errno::ACCESS)?;
-    let session = core.sessions.get(&node).ok_or(Errno::ACCESS)?;
-    let pieces = session.pieces.find(lun).ok_or(Errno::STALE)?;
-    let access = if write { Access::Write } else { Access::Read };
-    if pieces.iter().all(|(file, range)| core.table.holds(node, *file, *range, access)) {
-        Ok((node, pieces))
-    } else {
-        Err(Errno::STALE)
-    }
 }
 
 #[cfg(test)]
@@ -244,13 +254,28 @@ mod tests {
     fn pieces_follow_grants_and_returns() {
         let mut pieces = Pieces::default();
         pieces.granted(F, ByteRange::new(0, 300), 1, &[extent(0, 100, 5000), extent(100, 200, 9000)]);
-        assert_eq!(pieces.find(ByteRange::new(9050, 9100)), Some(vec![(F, ByteRange::new(150, 200))]));
-        assert_eq!(pieces.find(ByteRange::new(5090, 5110)), None, "behind the piece");
+        assert_eq!(pieces.find(ByteRange::new(9050, 9100), 1), Some(vec![(F, ByteRange::new(150, 200))]));
+        assert_eq!(pieces.find(ByteRange::new(5090, 5110), 1), None, "behind the piece");
         pieces.removed(F, ByteRange::new(150, 200), 1);
-        assert_eq!(pieces.find(ByteRange::new(9040, 9060)), None);
-        assert!(pieces.find(ByteRange::new(9100, 9200)).is_some());
+        assert_eq!(pieces.find(ByteRange::new(9040, 9060), 1), None);
+        assert!(pieces.find(ByteRange::new(9100, 9200), 1).is_some());
         pieces.removed(F, ByteRange::new(0, 300), 0);
-        assert!(pieces.find(ByteRange::new(9100, 9200)).is_some(), "granted after the recall");
+        assert!(pieces.find(ByteRange::new(9100, 9200), 1).is_some(), "granted after the recall");
+    }
+
+    #[test]
+    fn a_read_may_take_the_rest_of_the_last_block() {
+        let mut pieces = Pieces::default();
+        pieces.granted(F, ByteRange::new(0, 5000), 1, &[extent(0, 5000, 8192)]);
+        let last = ByteRange::new(12_288, 16_384);
+        assert_eq!(pieces.find(last, 4096), Some(vec![(F, ByteRange::new(4096, 5000))]));
+        assert_eq!(
+            pieces.find(ByteRange::new(14_336, 16_384), 4096),
+            Some(vec![(F, ByteRange::new(4096, 5000))])
+        );
+        assert_eq!(pieces.find(last, 1), None, "a write may not");
+        assert_eq!(pieces.find(ByteRange::new(12_288, 20_480), 4096), None, "the next block is nobody's");
+        assert_eq!(pieces.find(ByteRange::new(4096, 12_288), 4096), None, "the block before is nobody's");
     }
 
     #[test]
@@ -258,13 +283,13 @@ mod tests {
         let mut pieces = Pieces::default();
         pieces.granted(F, ByteRange::new(0, 100), 1, &[extent(0, 100, 5000)]);
         pieces.granted(G, ByteRange::new(0, 50), 2, &[extent(0, 50, 5025)]);
-        let whole = pieces.find(ByteRange::new(5000, 5100)).unwrap();
+        let whole = pieces.find(ByteRange::new(5000, 5100), 1).unwrap();
         assert_eq!(
             whole,
             [(F, ByteRange::new(0, 25)), (G, ByteRange::new(0, 50)), (F, ByteRange::new(75, 100))]
         );
         pieces.removed(F, ByteRange::ALL, 9);
-        assert_eq!(pieces.find(ByteRange::new(5025, 5075)), Some(vec![(G, ByteRange::new(0, 50))]));
-        assert_eq!(pieces.find(ByteRange::new(5000, 5001)), None);
+        assert_eq!(pieces.find(ByteRange::new(5025, 5075), 1), Some(vec![(G, ByteRange::new(0, 50))]));
+        assert_eq!(pieces.find(ByteRange::new(5000, 5001), 1), None);
     }
 }
