@@ -52,7 +52,7 @@ test-unit: deps
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --workspace --exclude csv-tests; \
 	else \
-		$(CARGO) test --workspace --exclude csv-tests --bins --lib; \
+		$(CARGO) test --workspace --exclude csv-tests --lib --bins --tests; \
 	fi
 
 test-e2e: build

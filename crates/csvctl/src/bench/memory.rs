@@ -1,5 +1,5 @@
 //! Memory that an open file costs: how much the node's csvfs grows when so many files are opened and read. It runs
-//! inside a node (`csvctl bench memory DIR N`), because a process can be looked at by its name only there.
+//! inside a node (`csvctl bench memory DIR open N`), because a process can be looked at by its name only there.
 
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
@@ -14,11 +14,23 @@ const FILE_BYTES: usize = 4096;
 /// Arguments of the helper.
 #[derive(Debug, clap::Args)]
 pub(crate) struct MemoryArgs {
-    /// Directory on the volume; made, and removed with its files.
+    /// Directory on the volume.
     dir: PathBuf,
+    /// What to do there.
+    #[arg(value_enum)]
+    step: Step,
     /// How many files.
     #[arg(value_parser = clap::value_parser!(u64).range(1..=100_000))]
     files: u64,
+}
+
+/// A step of the measurement. Another node makes the files, so that the measured one knows nothing of them yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Step {
+    /// Make the directory and the files.
+    Make,
+    /// Open and read all of them, and print how csvfs grew.
+    Open,
 }
 
 /// What the helper prints.
@@ -36,32 +48,40 @@ impl Memory {
     }
 }
 
-/// Runs the helper and prints its result.
+/// Runs the helper; the step `open` prints its result.
 ///
 /// # Errors
 /// csvfs does not run here, or an operation failed, with the file's name.
 pub(super) fn run(args: &MemoryArgs) -> anyhow::Result<()> {
-    let result = measure(&args.dir, args.files);
-    let cleared = std::fs::remove_dir_all(&args.dir);
-    let memory = result?;
-    cleared.with_context(|| format!("removing {}", args.dir.display()))?;
-    writeln!(std::io::stdout(), "{}", serde_json::to_string(&memory)?).context("printing the result")
+    match args.step {
+        Step::Make => make(&args.dir, args.files),
+        Step::Open => {
+            let memory = measure(&args.dir, args.files, csvfs_pid()?)?;
+            writeln!(std::io::stdout(), "{}", serde_json::to_string(&memory)?).context("printing the result")
+        }
+    }
 }
 
-fn measure(dir: &Path, files: u64) -> anyhow::Result<Memory> {
-    let pid = csvfs_pid()?;
-    allow_files(files)?;
+fn file_path(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("m{number:06}"))
+}
+
+fn make(dir: &Path, files: u64) -> anyhow::Result<()> {
     std::fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
-    let path = |number: u64| dir.join(format!("m{number:06}"));
     for number in 0..files {
-        let path = path(number);
+        let path = file_path(dir, number);
         std::fs::write(&path, [1; FILE_BYTES]).with_context(|| format!("writing {}", path.display()))?;
     }
+    Ok(())
+}
+
+fn measure(dir: &Path, files: u64, pid: u32) -> anyhow::Result<Memory> {
+    allow_files(files)?;
     let rss_bytes_before = rss_bytes(pid)?;
     let mut open = Vec::new();
     let mut block = [0; FILE_BYTES];
     for number in 0..files {
-        let path = path(number);
+        let path = file_path(dir, number);
         let file = File::open(&path).with_context(|| format!("opening {}", path.display()))?;
         file.read_exact_at(&mut block, 0).with_context(|| format!("reading {}", path.display()))?;
         open.push(file);
@@ -116,6 +136,15 @@ mod tests {
         assert_eq!(parse_rss("Name:\tcsvfs\nVmRSS:\t   12 kB\n"), Some(12_288));
         assert_eq!(parse_rss("Name:\tcsvfs\n"), None);
         assert!(rss_bytes(std::process::id()).unwrap() > 4096);
+    }
+
+    #[test]
+    fn made_files_are_opened_and_read() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(measure(dir.path(), 3, std::process::id()).is_err(), "nothing is there yet");
+        make(dir.path(), 3).unwrap();
+        let memory = measure(dir.path(), 3, std::process::id()).unwrap();
+        assert!(memory.files == 3 && memory.rss_bytes_before > 4096);
     }
 
     #[test]

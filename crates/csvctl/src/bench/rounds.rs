@@ -275,9 +275,18 @@ impl Stage<'_> {
         if !matches!(mode, ModeName::Coordinator | ModeName::Direct | ModeName::BlockRedirected) {
             return Ok(None);
         }
-        let dir = format!("{}/{DIR}/memory", self.lab.mount_point());
-        let text = self.lab.ctl(node, &["bench", "memory", &dir, &MEMORY_FILES.to_string()]);
-        let text = text.with_context(|| format!("memory per open file on {node}"))?;
+        let dir = format!("{}/{DIR}/memory-{mode}", self.lab.mount_point());
+        let maker = if *node == *self.lab.coordinator { &self.raw_node } else { &self.lab.coordinator };
+        let step = |on: &str, part: &str, step: &str| {
+            let dir = format!("{dir}/{part}");
+            let text = self.lab.ctl(on, &["bench", "memory", &dir, step, &MEMORY_FILES.to_string()]);
+            text.with_context(|| format!("memory per open file on {node}"))
+        };
+        step(maker, "warm", "make")?;
+        step(maker, "open", "make")?;
+        // The first files bring buffers and tables to their working size.
+        step(node, "warm", "open")?;
+        let text = step(node, "open", "open")?;
         let memory: Memory =
             serde_json::from_str(text.trim()).with_context(|| format!("reading {text:?}"))?;
         Ok(Some(memory.bytes_per_file()))
