@@ -226,7 +226,10 @@ impl Owner {
             kill_suidgid: false,
             sync: false,
         });
-        self.client.chan.call(Caller::default(), op).map(|_| ())
+        let outcome = self.client.chan.call(Caller::default(), op);
+        // To the coordinator this is a write of this node, whose own lease stays: the reply tells it what is new.
+        self.client.meta.changed(&[file], &[]);
+        outcome.map(|_| ())
     }
 }
 
