@@ -1,0 +1,101 @@
+//! Reads and writes of file data, the whole way: layouts, direct or redirected I/O, small I/O through the
+//! coordinator, unaligned writes, appends. The hot path of the FUSE pump answers what a held layout allows at once
+//! and sends everything else here, into a thread that may block.
+//!
+//! Each function is a loop: look at the mode, look at the layout, do the I/O or change what is in the way, look
+//! again. Every round makes progress or the loop ends at the operation's time-out or after [`ROUNDS_MAX`] rounds. A
+//! direct I/O that fails on its path is repeated block-redirected, so the application sees no error.
+//!
+//! * [`read`], [`write`]: the loops; * [`blocks`]: LUN blocks, direct or over SMB; * [`layout`]: grants;
+//! * [`sync`]: sizes, times and durability.
+
+mod blocks;
+mod layout;
+mod read;
+mod sync;
+mod write;
+
+use super::inode::Inode;
+use super::{VolumeClient, proto_now};
+use csv_layout::cache::{IoToken, Return};
+use csv_lun::LunError;
+use rustix::io::Errno;
+use std::sync::Arc;
+
+/// Rounds of one operation before it goes through the coordinator whatever else.
+const ROUNDS_MAX: u32 = 64;
+/// A write up to this size into space that is not lent goes along with the request, in bytes.
+const SMALL_WRITE_MAX: usize = 64 << 10;
+/// Largest request over SMB, in bytes. smbd's buffers are not page-aligned, and FUSE on the coordinator splits what
+/// touches more than 256 pages: a full MiB would reach the block service in pieces that are no whole blocks.
+const SMB_BYTES_MAX: usize = 512 << 10;
+
+/// A write as FUSE asks for it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct WriteAt<'a> {
+    /// Place; ignored with `append`.
+    pub(crate) offset: u64,
+    /// Data.
+    pub(crate) data: &'a [u8],
+    /// O_APPEND.
+    pub(crate) append: bool,
+    /// Clear set-id bits.
+    pub(crate) kill_setid: bool,
+}
+
+/// Where the blocks of an I/O go in this round.
+pub(super) enum Blocks {
+    Direct(Arc<csv_lun::Lun>),
+    Redirected(Arc<csv_smb::pool::SmbPool>, String),
+}
+
+pub(super) enum Step<T> {
+    Done(T),
+    Again,
+}
+
+impl VolumeClient {
+    /// A direct I/O failed: the path is given up for now, or the node is fenced, or the fault is the caller's.
+    pub(crate) fn direct_failed(&self, error: &LunError) -> Result<(), Errno> {
+        match error {
+            LunError::PathFailed { .. } => {
+                self.path_failed(&error.to_string());
+                Ok(())
+            }
+            LunError::Fenced { .. } => {
+                self.end_lease();
+                self.modes.fenced(error.to_string());
+                Err(Errno::IO)
+            }
+            LunError::ReadOnly { .. }
+            | LunError::OutOfBounds { .. }
+            | LunError::Misaligned { .. }
+            | LunError::BufferTooSmall { .. }
+            | LunError::Shrunk { .. }
+            | LunError::Unsuitable { .. } => {
+                self.events.report("lun-error", error.to_string());
+                Err(Errno::IO)
+            }
+        }
+    }
+
+    /// The path to the LUN failed: redirect, and probe until it is back.
+    pub(crate) fn path_failed(&self, why: &str) {
+        self.modes.path_failed(why);
+    }
+
+    /// Ends an I/O under a layout and sends what became free to return.
+    pub(crate) fn end_io(&self, inode: &Inode, token: IoToken, wrote: bool) {
+        let mut returns: Vec<Return> = Vec::new();
+        let mut io = inode.io.lock();
+        io.cache.end(token, wrote, &mut returns);
+        if wrote {
+            io.wrote_at = Some(proto_now());
+            io.device_dirty = true;
+        }
+        for back in &returns {
+            let mtime = io.wrote_at.take();
+            self.send_return(inode.file, back, mtime);
+        }
+    }
+}
