@@ -47,7 +47,7 @@ check: deps
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
-# csv-tests holds the end-to-end suites; everything else is a unit test.
+# csv-tests holds the end-to-end suites; everything else is a unit test. CSV_TEST_FULL=1 runs the long ones whole.
 test-unit: deps
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --workspace --exclude csv-tests; \
@@ -56,6 +56,6 @@ test-unit: deps
 	fi
 
 test-e2e: build
-	$(SUDO) $(CARGO) test -p csv-tests --release -- --test-threads=1
+	$(SUDO) $(CARGO) test -p csv-tests --release --no-fail-fast -- --test-threads=1
 
 test: check test-unit test-e2e

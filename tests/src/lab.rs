@@ -10,7 +10,7 @@ use csv_types::admin::{IoCounts, MapExtent};
 use serde::Deserialize;
 use std::ffi::OsStr;
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -255,14 +255,14 @@ impl Drop for Lab {
     }
 }
 
-/// Waits for this suite's turn; the lock goes when the file is closed, also when the process dies.
+/// Waits for this suite's turn; the lock goes when the file is closed, also when the process dies. It is on a directory
+/// that is there anyhow, so nothing is left behind.
 fn take_turn() -> anyhow::Result<File> {
-    let path = std::env::temp_dir().join("csv-tests.lock");
-    let file = File::options().create(true).append(true).open(&path);
-    let file = file.with_context(|| format!("opening {}", path.display()))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
+    let path = Path::new("/var/tmp");
+    let dir = File::open(path).with_context(|| format!("opening {}", path.display()))?;
+    rustix::fs::flock(&dir, rustix::fs::FlockOperation::LockExclusive)
         .with_context(|| format!("locking {}", path.display()))?;
-    Ok(file)
+    Ok(dir)
 }
 
 fn parse_network_bytes(text: &str) -> Option<u64> {
