@@ -12,10 +12,25 @@ use std::time::Duration;
 
 const VERSION: &str = "0.2.2";
 const DEADLINE: Duration = Duration::from_secs(900);
-/// How many tests of this version pass on a plain ext4; fewer would mean that the runner did not do its work.
-const PASSED_MIN: usize = 370;
+/// How many tests of this version there are to pass; fewer would mean that the runner did not do its work. Not among
+/// them are those that remount, and `link::link_count_max`: glibc knows no LINK_MAX of FUSE and the suite skips it.
+const PASSED_MIN: usize = 384;
+/// Those that remount the file system read-only. They have a run of their own, because some other tests leave removed
+/// files open, with which no file system can be remounted.
+const REMOUNTING: &str = "erofs";
+const REMOUNTING_MIN: usize = 13;
 
-/// Users and features for Linux. The naptime is far above the time-stamp granularity of ext4 and XFS.
+/// The suite's `mount`, first in the PATH. mount(8) would give a remount of a FUSE file system to a helper that can
+/// only mount. The kernel is busy until it has passed on that a removed file was closed, which takes a moment.
+const MOUNT_SCRIPT: &str = r#"#!/bin/sh
+for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
+  /bin/mount -i "$@" && exit 0
+  sleep 0.05
+done
+exit 32
+"#;
+
+/// Users and features for Linux, `REMOUNT` to be filled in. The naptime is far above the time-stamp granularity of ext4 and XFS.
 const CONFIG: &str = r#"
 [features]
 [features.posix_fallocate]
@@ -24,6 +39,7 @@ const CONFIG: &str = r#"
 [features.utime_now]
 [settings]
 naptime = 0.02
+allow_remount = REMOUNT
 [dummy_auth]
 entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
 "#;
@@ -44,7 +60,12 @@ struct Exclusion {
 #[derive(Debug)]
 struct Summary {
     passed: usize,
+    skipped: usize,
     failed: BTreeSet<String>,
+}
+
+fn config(remount: bool) -> String {
+    CONFIG.replace("REMOUNT", &remount.to_string())
 }
 
 fn exclusions() -> anyhow::Result<BTreeSet<String>> {
@@ -59,7 +80,7 @@ fn exclusions() -> anyhow::Result<BTreeSet<String>> {
 
 /// Reads the runner's lines `name   ok|FAILED|skipped`.
 fn parse(text: &str) -> anyhow::Result<Summary> {
-    let mut summary = Summary { passed: 0, failed: BTreeSet::new() };
+    let mut summary = Summary { passed: 0, skipped: 0, failed: BTreeSet::new() };
     for line in text.lines().filter(|line| line.contains("::") && !line.starts_with(char::is_whitespace)) {
         let mut words = line.split_ascii_whitespace();
         let name = words.next().unwrap_or_default();
@@ -68,6 +89,7 @@ fn parse(text: &str) -> anyhow::Result<Summary> {
             Some("FAILED" | "failed") => {
                 summary.failed.insert(name.to_owned());
             }
+            Some("skipped") => summary.skipped += 1,
             _ => {}
         }
     }
@@ -78,17 +100,18 @@ fn parse(text: &str) -> anyhow::Result<Summary> {
 }
 
 /// Judges one run.
-fn judge(place: &str, text: &str) -> anyhow::Result<()> {
+fn judge(place: &str, text: &str, passed_min: usize) -> anyhow::Result<()> {
     let summary = parse(text)?;
     let excluded = exclusions()?;
-    println!("pjdfstest {place}: {} passed, {} failed", summary.passed, summary.failed.len());
+    let Summary { passed, skipped, .. } = summary;
+    println!("pjdfstest {place}: {passed} passed, {} failed, {skipped} skipped", summary.failed.len());
     let new: Vec<_> = summary.failed.difference(&excluded).collect();
-    let healed: Vec<_> = excluded.difference(&summary.failed).collect();
+    let healed: Vec<_> = excluded.difference(&summary.failed).filter(|name| text.contains(*name)).collect();
     if !new.is_empty() || !healed.is_empty() {
         bail!("{place}: failed: {new:?}; excluded but passed: {healed:?}\n{text}");
     }
-    if summary.passed < PASSED_MIN {
-        bail!("{place}: only {} tests passed, expected at least {PASSED_MIN}\n{text}", summary.passed);
+    if passed < passed_min {
+        bail!("{place}: only {passed} tests passed, expected at least {passed_min}\n{text}");
     }
     Ok(())
 }
@@ -99,10 +122,10 @@ fn plain_ext4() -> anyhow::Result<()> {
     let program = tools::installed("pjdfstest", VERSION)?;
     let dir = tempfile::tempdir()?;
     let config = dir.path().join("pjdfstest.toml");
-    std::fs::write(&config, CONFIG)?;
+    std::fs::write(&config, self::config(false))?;
     let script = format!(
         "set -e; truncate -s 512M {d}/ext4.img; mkfs.ext4 -q {d}/ext4.img; mkdir {d}/mnt; mount -o loop {d}/ext4.img {d}/mnt; \
-         {p} -c {c} -p {d}/mnt || true; umount {d}/mnt",
+         {p} -c {c} -s /dev/shm -p {d}/mnt || true; umount {d}/mnt",
         d = dir.path().display(),
         p = program.display(),
         c = config.display()
@@ -111,7 +134,7 @@ fn plain_ext4() -> anyhow::Result<()> {
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
     let ended = wait::run(&mut command, DEADLINE)?;
-    judge("plain ext4", &ended.ok("pjdfstest on ext4")?)
+    judge("plain ext4", &ended.ok("pjdfstest on ext4")?, PASSED_MIN)
 }
 
 #[test]
@@ -120,13 +143,16 @@ fn every_node_and_mode() -> anyhow::Result<()> {
     let lab = Lab::up("posix")?;
     let run = |node: &str, mode: &str| -> anyhow::Result<()> {
         lab.wait_mode(node, mode)?;
-        let dir = format!("{MOUNT}/posix-{node}-{mode}");
-        let config = format!("/run/csv/pjdfstest-{mode}.toml");
+        // Short: the suite makes sockets below, whose path may have 107 bytes.
+        let dir = format!("{MOUNT}/{node}{}", mode.get(..1).unwrap_or_default());
         // Tests run as other users below that directory.
-        lab.sh(node, &format!("mkdir -m 0755 {dir}; cat > {config} <<'END'{CONFIG}END"))?;
-        let argv = [program.as_os_str(), "-c".as_ref(), config.as_ref(), "-p".as_ref(), dir.as_ref()];
-        let ended = lab.exec(node, &argv, DEADLINE)?;
-        judge(&format!("{node} {mode}"), &format!("{}\n{}", ended.stdout, ended.stderr))?;
+        lab.sh(node, &format!("mkdir -m 0755 {dir}"))?;
+        judge(&format!("{node} {mode}"), &suite(&lab, node, &program, &dir, false)?, PASSED_MIN)?;
+        // smbd has the hidden files of the coordinator's mount open for writing: it cannot be made read-only.
+        if node != "n2" {
+            let text = suite(&lab, node, &program, &dir, true)?;
+            judge(&format!("{node} {mode}, read-only"), &text, REMOUNTING_MIN)?;
+        }
         lab.sh(node, &format!("rm -rf {dir}")).map(drop)
     };
     let coordinator_mode = lab.state("n2")?.mode;
@@ -139,13 +165,30 @@ fn every_node_and_mode() -> anyhow::Result<()> {
     lab.finish()
 }
 
+/// Runs the suite on a node, or only the tests that remount, and gives what it printed.
+fn suite(lab: &Lab, node: &str, program: &Path, dir: &str, remount: bool) -> anyhow::Result<String> {
+    let run = "/run/csv/pjdfstest";
+    let script = format!(
+        "mkdir -p {run}/bin; cat > {run}/config.toml <<'END'{}END\n\
+         cat > {run}/bin/mount <<'END'\n{MOUNT_SCRIPT}END\nchmod 0755 {run}/bin/mount",
+        config(remount)
+    );
+    lab.sh(node, &script)?;
+    let only = if remount { REMOUNTING } else { "" };
+    let program = program.display();
+    let script =
+        format!("PATH={run}/bin:$PATH; exec {program} -c {run}/config.toml -s {run} -p {dir} {only}");
+    let ended = lab.exec(node, &["sh", "-c", &script], DEADLINE)?;
+    Ok(format!("{}\n{}", ended.stdout, ended.stderr))
+}
+
 #[test]
 fn results_are_read() -> anyhow::Result<()> {
     let text = "a::b     ok\nc::d    FAILED\n\tassertion c::x ok\ne::f   skipped\n\nSummary: 1 failed\n";
     let summary = parse(text)?;
     assert_eq!(
-        (summary.passed, summary.failed.into_iter().collect::<Vec<_>>()),
-        (1, vec!["c::d".to_owned()])
+        (summary.passed, summary.skipped, summary.failed.into_iter().collect::<Vec<_>>()),
+        (1, 1, vec!["c::d".to_owned()])
     );
     assert!(parse("a::b ok\n").is_err());
     Ok(())
