@@ -39,6 +39,9 @@ pub struct Options {
     pub fs_kind: FsKind,
     /// Mount read-only.
     pub read_only: bool,
+    /// The last ownership ended without writing back, or nobody knows: told to every session, which then tells whoever
+    /// had not synced.
+    pub unsynced_lost: bool,
     /// A layout may be used for this long after the coordinator was last heard.
     pub lease_ms: u64,
     /// A recalled layout must be back within this time.

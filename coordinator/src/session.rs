@@ -166,6 +166,7 @@ impl Coordinator {
             smb_token: token.into_bytes().into(),
             grace,
             order: Some(core.mode_order(node)),
+            unsynced_lost: self.options.unsynced_lost,
         }
     }
 

@@ -195,6 +195,8 @@ fn start_coordinator(
     let epoch: Epoch = csv_lun::label::bump_epoch(&labelled.lun, client.node)?;
     // What this node's page cache knows of the LUN is older than what other coordinators wrote.
     labelled.lun.drop_page_cache()?;
+    // XFS does not tell, so after an unclean end the worst is assumed there.
+    let unsynced_lost = csv_lun::probe::ext4_needs_recovery(&labelled.lun)?.unwrap_or(labelled.label.in_use);
     let events = client.events.clone();
     let fence_events = client.events.clone();
     let options = csv_coordinator::Options {
@@ -207,6 +209,7 @@ fn start_coordinator(
             csv_ondisk::FsKind::Xfs => FsKind::Xfs,
         },
         read_only: false,
+        unsynced_lost,
         lease_ms: config.cluster.lease_ms,
         recall_ms: config.cluster.recall_ms,
         limits: csv_coordinator::Limits::default(),
@@ -257,7 +260,7 @@ impl App {
 
     fn connect(self: &Arc<Self>) -> Result<()> {
         if let Some(coordinator) = &self.coordinator {
-            return link::local::connect(&self.client, coordinator, &self.hello());
+            return link::local::connect(&self.client, coordinator, self.hello());
         }
         let node = self.config.node(&self.volume.coordinator).context("checked at parsing")?;
         *self.client.smb.write() = Some(export::pool(&self.config, node, &self.volume.name)?);

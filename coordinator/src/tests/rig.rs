@@ -116,6 +116,7 @@ impl Rig {
             device: self.device.clone(),
             fs_kind: self.kind,
             read_only: false,
+            unsynced_lost: false,
             lease_ms: self.lease_ms,
             recall_ms: self.recall_ms,
             limits: self.limits,

@@ -130,6 +130,9 @@ pub struct LayoutCache {
     recalls: Vec<Recalled>,
     /// Newest grant seen.
     seq_seen: u64,
+    /// Logical size when this node last heard it with a grant. Without the end-of-file right nothing that ends
+    /// behind it may begin: a grant of whole blocks reaches past it. `None`: the grants speak for themselves.
+    size_limit: Option<u64>,
     wrote: bool,
     pub(crate) mutation: Mutation,
 }
@@ -152,7 +155,7 @@ impl LayoutCache {
     pub fn begin_read(&mut self, range: ByteRange, out: &mut Vec<Segment>) -> Outcome {
         out.clear();
         let range = self.readable(range);
-        if !self.map.segments(range, Access::Read, false, out) {
+        if self.is_behind_end(range) || !self.map.segments(range, Access::Read, false, out) {
             out.clear();
             return Outcome::Miss;
         }
@@ -163,6 +166,9 @@ impl LayoutCache {
     #[inline]
     pub fn begin_write(&mut self, range: ByteRange, block: u64, out: &mut Vec<Segment>) -> Outcome {
         out.clear();
+        if self.is_behind_end(range) {
+            return Outcome::Miss;
+        }
         let blocks = if range.is_empty() { range } else { range.align_out(block) };
         let (kind, need) =
             if blocks == range { (IoKind::Write, Access::Write) } else { (IoKind::Rmw, Access::Exclusive) };
@@ -266,6 +272,7 @@ impl LayoutCache {
                 range = ByteRange::new(range.start.min(all.start), u64::MAX);
             }
             self.map.take(all, up_to_seq, false);
+            self.size_limit = Some(eof.right.size);
             self.eof = None;
             self.eof_leaving = Some(eof);
             with_eof = true;
@@ -335,6 +342,17 @@ impl LayoutCache {
     pub fn is_empty(&self) -> bool {
         let eof = self.eof.is_some() || self.eof_leaving.is_some();
         self.map.is_empty() && self.flight.len() == 0 && self.recalls.is_empty() && !eof
+    }
+
+    /// The file's size as the newest grant without the end-of-file right told it. It holds until the next one: the
+    /// end cannot come nearer without a recall, and behind it nothing is done without asking again.
+    pub fn set_size_limit(&mut self, size: u64) {
+        self.size_limit = Some(size);
+    }
+
+    #[inline]
+    fn is_behind_end(&self, range: ByteRange) -> bool {
+        self.eof.is_none() && self.size_limit.is_some_and(|size| range.end > size)
     }
 
     #[inline]

@@ -76,6 +76,22 @@ pub fn probe_fs(lun: &Lun) -> Result<Option<FsInfo>, LunError> {
     Ok(parse_superblock(&read_head(lun, ALIGN_BYTES as u64)?))
 }
 
+/// Was the ext4 file system on the LUN left without being unmounted, so that its journal has to be replayed and what
+/// was not synced may be missing? `None` where there is no ext4. Source: `EXT4_FEATURE_INCOMPAT_RECOVER` in
+/// `s_feature_incompat`, Documentation/filesystems/ext4/super.rst.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn ext4_needs_recovery(lun: &Lun) -> Result<Option<bool>, LunError> {
+    const SUPERBLOCK: usize = 1024;
+    const MAGIC: usize = SUPERBLOCK + 0x38;
+    const INCOMPAT: usize = SUPERBLOCK + 0x60;
+    const RECOVER: u8 = 4;
+    let head = read_head(lun, ALIGN_BYTES as u64)?;
+    let is_ext4 = head.get(MAGIC..MAGIC + 2) == Some(&[0x53, 0xef]);
+    Ok(is_ext4.then(|| head.get(INCOMPAT).is_some_and(|flags| flags & RECOVER != 0)))
+}
+
 fn read_head(lun: &Lun, want_bytes: u64) -> Result<AlignedBuf, LunError> {
     read_range(lun, 0, want_bytes.min(lun.capacity_bytes()))
 }

@@ -68,7 +68,8 @@ impl Ring {
     /// # Errors
     /// Those of io_uring_setup(2) and io_uring_register(2).
     pub fn new(lun: Arc<Lun>, entries: u32) -> io::Result<Ring> {
-        let uring = IoUring::builder().setup_single_issuer().build(entries).or_else(|_| IoUring::new(entries))?;
+        let uring =
+            IoUring::builder().setup_single_issuer().build(entries).or_else(|_| IoUring::new(entries))?;
         uring.submitter().register_files(&[lun.as_fd().as_raw_fd()])?;
         Ok(Ring {
             uring,

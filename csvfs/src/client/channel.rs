@@ -20,6 +20,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// What came of an interrupt.
+enum Cancelled {
+    NotSent,
+    Asked,
+    Unreachable,
+}
+
+/// How long an interrupted call that was sent waits for a lost coordinator.
+const INTERRUPTED_WAIT: Duration = Duration::from_secs(5);
+
+/// Blocking locks waiting at once, at most; one more is refused with ENOLCK.
+const LOCK_WAITS_MAX: usize = 4096;
+
 /// Calls under way at once, at most; further ones get EAGAIN from nobody but wait for a place.
 const CALLS_MAX: usize = 1024;
 
@@ -41,6 +54,10 @@ struct Pending {
     sent: bool,
     /// Goes out before `open`, and dies with its link.
     reclaim: bool,
+    /// The coordinator is asked to end it early.
+    cancelled: bool,
+    /// Nobody waits any more; what it may have taken is given back when its reply comes.
+    abandoned: bool,
     waiter: Arc<Waiter>,
     on_reply: Option<OnReply>,
 }
@@ -67,7 +84,52 @@ struct State {
     /// FUSE request number to call id, for interrupts.
     by_request: HashMap<u64, u64>,
     early_interrupts: HashSet<u64>,
+    /// Blocking locks among the calls; they do not count as calls under way.
+    lock_waits: usize,
     closed: bool,
+}
+
+impl State {
+    /// The caller has its answer, or gives up.
+    fn end(&mut self, id: u64, answered: bool) {
+        let Some(pending) = self.calls.get_mut(&id) else { return };
+        if !answered && pending.sent && !pending.reclaim && undo(&pending.call).is_some() {
+            pending.abandoned = true;
+            return;
+        }
+        self.remove(id);
+    }
+
+    fn remove(&mut self, id: u64) -> Option<Pending> {
+        let pending = self.calls.remove(&id)?;
+        if pending.call.op.as_ref().is_some_and(is_lock_wait) {
+            self.lock_waits -= 1;
+        }
+        Some(pending)
+    }
+}
+
+fn is_lock_wait(op: &Op) -> bool {
+    matches!(op, Op::Setlk(lock) if lock.wait)
+}
+
+/// What gives back the thing that a call took for a caller who does not know of it.
+fn undo(call: &proto::Call) -> Option<Op> {
+    /// `F_UNLCK`.
+    const UNLOCK: u32 = 2;
+    let op = call.op.as_ref()?;
+    if let Op::Setlk(set) = op {
+        let lock = set.lock.filter(|lock| lock.r#type != UNLOCK)?;
+        let unlock = proto::Lock { r#type: UNLOCK, ..lock };
+        return Some(Op::Setlk(proto::SetLock { lock: Some(unlock), wait: false, ..*set }));
+    }
+    if let Op::Open(open) = op {
+        return Some(Op::Close(proto::Close { handle: open.handle, file: open.file }));
+    }
+    if let Op::Create(create) = op {
+        return Some(Op::Close(proto::Close { handle: create.handle, file: None }));
+    }
+    None
 }
 
 /// See the module.
@@ -182,10 +244,10 @@ impl Channel {
         let id = self.begin(caller, op, &waiter, on_reply, deadline, reclaim)?;
         let outcome = self.wait(id, &waiter, deadline);
         let mut state = self.state.lock();
-        state.calls.remove(&id);
         if caller.request != 0 {
             state.by_request.remove(&caller.request);
         }
+        state.end(id, outcome.is_ok());
         drop(state);
         self.room.notify_one();
         outcome
@@ -204,7 +266,8 @@ impl Channel {
         if reclaim && state.link.is_none() {
             return Err(Errno::NOTCONN);
         }
-        while state.calls.len() >= CALLS_MAX && !state.closed {
+        let waits = is_lock_wait(&op);
+        while !waits && state.calls.len() - state.lock_waits >= CALLS_MAX && !state.closed {
             if self.room.wait_until(&mut state, deadline).timed_out() {
                 return Err(Errno::IO);
             }
@@ -212,6 +275,10 @@ impl Channel {
         if state.closed {
             return Err(Errno::SHUTDOWN);
         }
+        if waits && state.lock_waits >= LOCK_WAITS_MAX {
+            return Err(Errno::NOLCK);
+        }
+        state.lock_waits += usize::from(waits);
         // Ids are given out under the lock, so that they go out in order.
         let id = self.next_call.fetch_add(1, Ordering::Relaxed);
         let call = proto::Call {
@@ -226,7 +293,15 @@ impl Channel {
             first_sent_unix_ms: unix_ms(),
             op: Some(op),
         };
-        let mut pending = Pending { call, sent: false, reclaim, waiter: waiter.clone(), on_reply };
+        let mut pending = Pending {
+            call,
+            sent: false,
+            reclaim,
+            cancelled: false,
+            abandoned: false,
+            waiter: waiter.clone(),
+            on_reply,
+        };
         if caller.request != 0 {
             state.by_request.insert(caller.request, id);
             if state.early_interrupts.remove(&caller.request) {
@@ -249,6 +324,8 @@ impl Channel {
     }
 
     fn wait(&self, id: u64, waiter: &Waiter, deadline: Instant) -> Result<proto::Reply, Errno> {
+        let mut deadline = deadline;
+        let mut on_timeout = Errno::IO;
         let mut slot = waiter.slot.lock();
         loop {
             if let Some(reply) = slot.reply.take() {
@@ -257,29 +334,39 @@ impl Channel {
             if slot.interrupted {
                 slot.interrupted = false;
                 drop(slot);
-                if self.cancel(id) {
-                    return Err(Errno::INTR);
+                match self.cancel(id) {
+                    Cancelled::NotSent => return Err(Errno::INTR),
+                    Cancelled::Asked => {}
+                    // What became of it is not known. The link usually comes back soon; but Ctrl-C has to work.
+                    Cancelled::Unreachable => {
+                        deadline = deadline.min(Instant::now() + INTERRUPTED_WAIT);
+                        on_timeout = Errno::INTR;
+                    }
                 }
                 slot = waiter.slot.lock();
                 continue;
             }
             if waiter.changed.wait_until(&mut slot, deadline).timed_out() && slot.reply.is_none() {
-                return Err(Errno::IO);
+                return Err(on_timeout);
             }
         }
     }
 
-    /// Interrupted: true when the call never left this node or nobody is there to answer it.
-    fn cancel(&self, id: u64) -> bool {
-        let state = self.state.lock();
-        let Some(pending) = state.calls.get(&id) else { return true };
-        match &state.link {
-            Some(link) if pending.sent && state.open => {
+    fn cancel(&self, id: u64) -> Cancelled {
+        let mut state = self.state.lock();
+        let (open, epoch, link) = (state.open, state.epoch.0, state.link.clone());
+        let Some(pending) = state.calls.get_mut(&id) else { return Cancelled::NotSent };
+        if !pending.sent {
+            return Cancelled::NotSent;
+        }
+        pending.cancelled = true;
+        match link.filter(|_| open) {
+            Some(link) => {
                 let body = Some(Out::Cancel(proto::Cancel { call_id: id }));
-                link.send(proto::ClientMessage { epoch: state.epoch.0, body });
-                false
+                link.send(proto::ClientMessage { epoch, body });
+                Cancelled::Asked
             }
-            Some(_) | None => true,
+            None => Cancelled::Unreachable,
         }
     }
 
@@ -312,6 +399,16 @@ impl Channel {
         let (waiter, on_reply) = {
             let mut state = self.state.lock();
             let Some(pending) = state.calls.get_mut(&reply.id) else { return };
+            if pending.abandoned {
+                let call = pending.call.clone();
+                state.remove(reply.id);
+                if reply.errno == 0
+                    && let Some(op) = undo(&call)
+                {
+                    self.send_unasked(&state, op);
+                }
+                return;
+            }
             (pending.waiter.clone(), pending.on_reply.take())
         };
         if let Some(on_reply) = on_reply {
@@ -345,7 +442,25 @@ impl Channel {
             pending.sent = true;
             self.calls.fetch_add(1, Ordering::Relaxed);
             link.send(proto::ClientMessage { epoch, body: Some(Out::Call(pending.call.clone())) });
+            if pending.cancelled || pending.abandoned {
+                let body = Some(Out::Cancel(proto::Cancel { call_id: pending.call.id }));
+                link.send(proto::ClientMessage { epoch, body });
+            }
         }
+    }
+
+    /// A call whose reply nobody waits for.
+    fn send_unasked(&self, state: &State, op: Op) {
+        let Some(link) = &state.link else { return };
+        let id = self.next_call.fetch_add(1, Ordering::Relaxed);
+        let call = proto::Call {
+            id,
+            cred: Some(proto::Cred::default()),
+            resent: false,
+            first_sent_unix_ms: unix_ms(),
+            op: Some(op),
+        };
+        link.send(proto::ClientMessage { epoch: state.epoch.0, body: Some(Out::Call(call)) });
     }
 
     /// The link broke. Calls under way wait for the next one.
@@ -487,5 +602,46 @@ mod tests {
         let id = calls(&link)[0].id;
         channel.replied(proto::Reply { id, errno: 4, ..Default::default() });
         assert_eq!(caller.join().unwrap().unwrap_err(), Errno::INTR);
+    }
+
+    #[test]
+    fn a_lock_that_is_granted_to_nobody_is_given_back() {
+        let channel = Channel::new(Duration::from_millis(20));
+        let link = Arc::new(FakeLink::default());
+        channel.linked(link.clone(), Epoch(1));
+        channel.open(true);
+        let lock = proto::Lock { start: 0, end: 9, r#type: 1, pid: 7 };
+        let set = proto::SetLock { lock: Some(lock), owner: 3, ..proto::SetLock::default() };
+        assert_eq!(channel.call(Caller::default(), Op::Setlk(set)).unwrap_err(), Errno::IO);
+        let id = calls(&link)[0].id;
+        channel.replied(proto::Reply { id, ..Default::default() });
+        let sent = calls(&link);
+        let Some(Op::Setlk(undo)) = &sent[1].op else { panic!("no unlock was sent") };
+        assert_eq!(undo.lock.unwrap().r#type, 2);
+        assert!(channel.state.lock().calls.is_empty());
+    }
+
+    #[test]
+    fn a_sent_call_is_not_answered_by_guess_at_once() {
+        let channel = Arc::new(Channel::new(Duration::from_secs(60)));
+        let first = Arc::new(FakeLink::default());
+        channel.linked(first.clone(), Epoch(1));
+        channel.open(true);
+        let who = Caller { request: 4, ..Caller::default() };
+        let caller = {
+            let channel = channel.clone();
+            std::thread::spawn(move || channel.call(who, stat_op()))
+        };
+        until(|| calls(&first).len() == 1);
+        channel.unlinked();
+        channel.interrupt(4);
+        let id = calls(&first)[0].id;
+        until(|| channel.state.lock().calls.get(&id).is_some_and(|pending| pending.cancelled));
+        let second = Arc::new(FakeLink::default());
+        channel.linked(second.clone(), Epoch(1));
+        channel.open(true);
+        assert!(second.sent.lock().iter().any(|m| matches!(m.body, Some(Out::Cancel(_)))));
+        channel.replied(proto::Reply { id, ..Default::default() });
+        assert!(caller.join().unwrap().is_ok());
     }
 }

@@ -8,11 +8,11 @@
 
 use csv_layout::cache::{LayoutCache, Outcome, Segment};
 use csv_proto as proto;
-use csv_types::{ByteRange, FileId};
+use csv_types::{ByteRange, Epoch, FileId};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 /// FUSE node number of the volume's root.
@@ -55,8 +55,10 @@ pub(crate) struct FileIo {
     pub(crate) last_end: u64,
     /// The file cannot be lent; ask again after this.
     pub(crate) redirected_until: Option<Instant>,
-    /// Something of this file may be dirty at the coordinator only: fsync has to go there.
-    pub(crate) coordinator_dirty: bool,
+    /// Something of this file may be dirty at the coordinator only (since that epoch): fsync has to go there.
+    pub(crate) coordinator_dirty: Option<Epoch>,
+    /// Acknowledged data may be lost: the next fsync says so, once.
+    pub(crate) lost: bool,
     /// Device writes since the last flush of the LUN.
     pub(crate) device_dirty: bool,
     /// Handles open on this node.
@@ -95,6 +97,7 @@ impl Nodes {
 #[derive(Debug, Default)]
 pub(crate) struct InodeTable {
     nodes: RwLock<Nodes>,
+    replaced: AtomicU64,
 }
 
 impl InodeTable {
@@ -105,6 +108,11 @@ impl InodeTable {
     /// The inode behind a number of the kernel.
     pub(crate) fn get(&self, nodeid: u64) -> Option<Arc<Inode>> {
         self.nodes.read().by_node.get(&nodeid).map(|(inode, _)| inode.clone())
+    }
+
+    /// Changes when an inode is replaced by another under the same number; for those who remember an inode.
+    pub(crate) fn replaced(&self) -> u64 {
+        self.replaced.load(Ordering::Acquire)
     }
 
     /// The inode of a file, if the kernel references it.
@@ -129,6 +137,7 @@ impl InodeTable {
             nodes.by_node.entry(nodeid).or_insert_with(|| (Arc::new(Inode::new(nodeid, file)), 0));
         if inode.file != file {
             *inode = Arc::new(Inode::new(nodeid, file));
+            self.replaced.fetch_add(1, Ordering::Release);
         }
         *count += 1;
         inode.clone()

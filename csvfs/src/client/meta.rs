@@ -70,6 +70,11 @@ impl MetaCache {
         }
     }
 
+    /// The file behind a name, whether or not its attributes are known.
+    pub(crate) fn file(&self, dir: FileId, name: &[u8]) -> Option<FileId> {
+        self.tables.lock().names.get(&dir)?.get(name).copied().flatten()
+    }
+
     /// Attributes arrived under a lease.
     pub(crate) fn learn_attr(&self, asked: Asked, file: FileId, attr: &proto::Attr) {
         let mut tables = self.tables.lock();

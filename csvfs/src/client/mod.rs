@@ -34,7 +34,7 @@ use parking_lot::{Mutex, RwLock};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// What the client reports about itself besides its mode.
@@ -94,6 +94,8 @@ pub(crate) struct VolumeClient {
     /// This process owns the file system: no SMB, no wire.
     pub(crate) is_coordinator: bool,
     pub(crate) op_timeout: Duration,
+    /// A reclaim has begun and is not finished.
+    reclaiming: AtomicBool,
     next_handle: AtomicU64,
     /// Monotonic milliseconds until which layouts may be used.
     lease_until_ms: AtomicU64,
@@ -139,6 +141,7 @@ impl VolumeClient {
             smb: RwLock::new(None),
             is_coordinator: options.is_coordinator,
             op_timeout: options.op_timeout,
+            reclaiming: AtomicBool::new(false),
             next_handle: AtomicU64::new(1),
             lease_until_ms: AtomicU64::new(0),
             lease_ms: AtomicU64::new(0),
@@ -175,13 +178,29 @@ impl VolumeClient {
         self.next_handle.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Sends what a layout cache gives back; the caller holds the inode's lock, so that nothing overtakes it.
-    pub(crate) fn send_return(
+    /// Sends what a layout cache gives back; the caller holds the inode's lock, so that nothing overtakes it. A size
+    /// that goes back with it is known to the coordinator, but not durable there.
+    pub(crate) fn send_returns(
         &self,
         file: FileId,
-        back: &csv_layout::cache::Return,
-        mtime: Option<proto::Time>,
+        io: &mut inode::FileIo,
+        returns: &[csv_layout::cache::Return],
     ) {
+        for back in returns {
+            if back.size.is_some() {
+                self.dirty_at_coordinator(io);
+            }
+            let mtime = io.wrote_at.take();
+            self.send_return(file, back, mtime);
+        }
+    }
+
+    /// fsync of the file has to go to the coordinator from now on.
+    pub(crate) fn dirty_at_coordinator(&self, io: &mut inode::FileIo) {
+        io.coordinator_dirty.get_or_insert(self.chan.epoch());
+    }
+
+    fn send_return(&self, file: FileId, back: &csv_layout::cache::Return, mtime: Option<proto::Time>) {
         count(&self.counts.layouts_recalled, 1);
         self.meta.changed(&[file], &[]);
         self.chan.post(Out::LayoutReturn(proto::LayoutReturn {
@@ -205,10 +224,7 @@ impl VolumeClient {
         let mut returns = Vec::new();
         let mut io = inode.io.lock();
         io.cache.invalidate_all(&mut returns);
-        let mtime = io.wrote_at.take();
-        for back in &returns {
-            self.send_return(inode.file, back, mtime);
-        }
+        self.send_returns(inode.file, &mut io, &returns);
     }
 
     /// I/O counts for `csvctl volume state`.

@@ -129,10 +129,10 @@ impl Modes {
         self.lun.read().clone()
     }
 
-    /// Waits for another mode. False at the deadline.
-    pub(crate) fn wait_change(&self, deadline: Instant) -> bool {
+    /// Waits until the mode is another than `seen`, or the deadline.
+    pub(crate) fn wait_change(&self, seen: ModeKind, deadline: Instant) {
         let mut state = self.state.lock();
-        !self.changed.wait_until(&mut state, deadline).timed_out()
+        while state.mode.kind == seen && !self.changed.wait_until(&mut state, deadline).timed_out() {}
     }
 
     fn change(&self, with: impl FnOnce(&mut Inputs)) -> bool {

@@ -22,6 +22,7 @@ use proto::client_message::Body as Out;
 use proto::server_message::Body as In;
 use rustix::io::Errno;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 impl VolumeClient {
     /// A link is up and the coordinator has accepted the Hello that was sent at `hello_ms`.
@@ -43,14 +44,20 @@ impl VolumeClient {
         let epoch = Epoch(welcome.epoch);
         let first = self.chan.epoch() == Epoch::default();
         self.chan.linked(link, epoch);
-        if welcome.resumed {
+        if welcome.unsynced_lost {
+            self.unsynced_lost(epoch);
+        }
+        if welcome.resumed && !self.reclaiming.load(Ordering::Acquire) {
             self.renew_lease(hello_ms);
             self.chan.open(true);
             self.events.report("session-resumed", format!("session resumed in epoch {epoch}"));
             return Ok(());
         }
+        // A session that is resumed in the middle of its reclaim has to begin that again: what the coordinator was
+        // not told yet it would give to others.
         self.meta.clear();
-        let keep_layouts = welcome.grace && lease_was_alive;
+        let keep_layouts = (welcome.grace || welcome.resumed) && lease_was_alive;
+        self.reclaiming.store(true, Ordering::Release);
         if !keep_layouts {
             self.drop_layouts();
         }
@@ -70,6 +77,7 @@ impl VolumeClient {
     fn reclaim(self: &Arc<Self>, layouts: bool) {
         match self.reclaim_all(layouts) {
             Ok(()) => {
+                self.reclaiming.store(false, Ordering::Release);
                 self.chan.post(Out::ReclaimDone(proto::ReclaimDone {}));
                 self.chan.open(false);
             }
@@ -132,6 +140,9 @@ impl VolumeClient {
     fn drop_layout(&self, inode: &super::inode::Inode) {
         let mut returns = Vec::new();
         let mut io = inode.io.lock();
+        if io.cache.eof().is_some_and(|eof| eof.dirty) {
+            io.lost = true;
+        }
         io.cache.invalidate_all(&mut returns);
     }
 
@@ -194,10 +205,7 @@ impl VolumeClient {
         let mut returns = Vec::new();
         let mut io = inode.io.lock();
         io.cache.recalled(recall.recall_id, range, recall.up_to_seq, recall.keep_read, &mut returns);
-        for back in &returns {
-            let mtime = io.wrote_at.take();
-            self.send_return(file, back, mtime);
-        }
+        self.send_returns(file, &mut io, &returns);
     }
 
     fn answer_query(&self, query: &proto::CommitQuery) {

@@ -252,7 +252,7 @@ impl CsvFs {
         }
         let inode = self.inode(ino)?;
         let who = caller(request, 0);
-        let committed = self.client.commit(who, &inode);
+        let committed = self.client.flush(who, &inode);
         locks::release(&self.client, who, &inode, owner.0, false);
         committed
     }
@@ -555,7 +555,9 @@ impl Filesystem for CsvFs {
             let to = self.in_dir(newparent, newname)?;
             let ((parent, name), (new_parent, new_name)) = (from.wire(), to.wire());
             let flags = flags.bits();
-            let op = proto::Rename { parent, name, new_parent, new_name, flags, expect: None };
+            // A rename whose reply is lost with its coordinator is recognised by the file that it moved.
+            let expect = self.named(request, from)?;
+            let op = proto::Rename { parent, name, new_parent, new_name, flags, expect };
             let outcome = self.call(request, Op::Rename(op));
             self.client.meta.removed(from.dir, from.name);
             self.client.meta.removed(to.dir, to.name);
@@ -742,7 +744,7 @@ impl Filesystem for CsvFs {
     ) {
         let outcome = self.inode(ino).and_then(|inode| {
             self.client.commit(caller(request, 0), &inode)?;
-            inode.io.lock().coordinator_dirty = true;
+            self.client.dirty_at_coordinator(&mut inode.io.lock());
             let mode = mode.cast_unsigned();
             let op = proto::Fallocate { file: Some(inode.file.into()), offset, len: length, mode };
             self.change(request, inode.file, Op::Fallocate(op))
@@ -786,7 +788,7 @@ impl Filesystem for CsvFs {
         let outcome = self.inode(ino_in).and_then(|from| {
             let to = self.inode(ino_out)?;
             self.client.commit(caller(request, 0), &from)?;
-            to.io.lock().coordinator_dirty = true;
+            self.client.dirty_at_coordinator(&mut to.io.lock());
             let op = proto::CopyRange {
                 src: Some(from.file.into()),
                 src_offset: offset_in,
@@ -816,6 +818,16 @@ impl CsvFs {
             return Err(Errno::NAMETOOLONG);
         }
         Ok(InDir { dir: self.file(parent)?, name: name.as_bytes() })
+    }
+
+    /// The file behind a name that the kernel has looked up a moment ago.
+    fn named(&self, request: &Request, at: InDir<'_>) -> Res<Option<proto::FileId>> {
+        if let Some(file) = self.client.meta.file(at.dir, at.name) {
+            return Ok(Some(file.into()));
+        }
+        let (parent, name) = at.wire();
+        let attr = self.call_attr(caller(request, 0), Op::Lookup(proto::Lookup { parent, name }))?;
+        Ok(attr.file)
     }
 
     /// A call that changes a file's attributes.

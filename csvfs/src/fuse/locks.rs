@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// A blocking lock waits until it is granted or its process is interrupted; this is only a bound.
 const WAIT_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Each waits for the coordinator as long as any operation.
+const RELEASE_TRIES: u32 = 3;
 /// `F_UNLCK`.
 const UNLOCK: u32 = 2;
 
@@ -95,9 +97,18 @@ pub(crate) fn release(client: &VolumeClient, caller: Caller, inode: &Inode, owne
     }
     let all = proto::Lock { start: 0, end: u64::MAX >> 1, r#type: UNLOCK, pid: caller.pid };
     let what = SetWhat { owner, flock, wait: false };
-    if let Err(error) = set(client, caller, inode, what, all) {
-        tracing::warn!(%error, file = %inode.file, "locks of a closed file could not be released");
+    // Not interruptible: the process may be dying of the very signal.
+    let who = Caller { request: 0, ..caller };
+    for _ in 0..RELEASE_TRIES {
+        match set(client, who, inode, what, all) {
+            Ok(()) | Err(Errno::SHUTDOWN) => return,
+            Err(error) => {
+                tracing::warn!(%error, file = %inode.file, "locks of a closed file are not released yet");
+            }
+        }
     }
+    // Nobody holds them on this node any more: a new coordinator must not be told of them.
+    client.locks.granted(inode.file, flock, owner, all);
 }
 
 /// The last descriptor of an open file was closed. Its OFD locks end with it, and the kernel does not name their owner

@@ -69,6 +69,8 @@ pub(crate) struct Pump {
     /// Our end of fuser's socket pair.
     fuser: Arc<OwnedFd>,
     io_pool: Pool,
+    /// What smbd does for other nodes must never wait behind this node's own requests, which may wait for them.
+    hidden_pool: Pool,
     lock_pool: Pool,
     lun: Option<Arc<Lun>>,
     ring: Option<Ring>,
@@ -78,6 +80,8 @@ pub(crate) struct Pump {
     segments: Vec<Segment>,
     /// The inode of the last request: most I/O comes in runs.
     last: Option<Arc<Inode>>,
+    /// `InodeTable::replaced` when it was remembered.
+    last_replaced: u64,
     deferred: Option<Hot>,
     /// The pump has just woken up from waiting: whatever comes first is most likely alone.
     woken: bool,
@@ -97,6 +101,7 @@ impl Pump {
             hidden,
             fuser,
             io_pool: Pool::new("csvfs-io", 128),
+            hidden_pool: Pool::new("csvfs-hidden", 128),
             lock_pool: Pool::new("csvfs-lock", 1024),
             ring: None,
             jobs: (0..RING_ENTRIES).map(|_| None).collect(),
@@ -104,6 +109,7 @@ impl Pump {
             done: Vec::new(),
             segments: Vec::new(),
             last: None,
+            last_replaced: 0,
             deferred: None,
             woken: false,
         }
@@ -250,11 +256,14 @@ impl Pump {
     }
 
     fn inode(&mut self, nodeid: u64) -> Option<Arc<Inode>> {
+        let replaced = self.client.inodes.replaced();
         if let Some(last) = &self.last
             && last.nodeid == nodeid
+            && self.last_replaced == replaced
         {
             return Some(last.clone());
         }
+        self.last_replaced = replaced;
         let inode = self.client.inodes.get(nodeid)?;
         self.last = Some(inode.clone());
         Some(inode)
@@ -339,10 +348,12 @@ impl Pump {
         let Some(inode) = self.inode(header.nodeid) else {
             return self.device.error(header.unique, Errno::STALE);
         };
-        let append = io.open_flags & nix::libc::O_APPEND as u32 != 0 && io.io_flags & abi::WRITE_CACHE == 0;
+        let append = io.open_flags.cast_signed() & libc::O_APPEND != 0 && io.io_flags & abi::WRITE_CACHE == 0;
         let kill_setid = io.io_flags & abi::WRITE_KILL_SUIDGID != 0 && inode.setid.load(Ordering::Relaxed);
+        let sync = Sync::of(io);
         if !append
             && !kill_setid
+            && sync == Sync::No
             && let Some(mut hot) = self.hot_write(header, io, &inode)
         {
             hot.buf = std::mem::replace(payload, self.new_payload());
@@ -350,7 +361,12 @@ impl Pump {
             return;
         }
         let buf = std::mem::replace(payload, self.new_payload());
-        self.slow_write(caller(header), inode, buf, WriteWhat { offset: io.offset, len, append, kill_setid });
+        self.slow_write(
+            caller(header),
+            inode,
+            buf,
+            WriteWhat { offset: io.offset, len, append, kill_setid, sync },
+        );
     }
 
     fn hot_write(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
@@ -397,8 +413,11 @@ impl Pump {
                 append: what.append,
                 kill_setid: what.kill_setid,
             };
-            let outcome = client.write(caller, &inode, write);
+            let mut outcome = client.write(caller, &inode, write);
             client.bufs.put(buf);
+            if outcome.is_ok() && what.sync != Sync::No {
+                outcome = client.fsync(caller, &inode, what.sync == Sync::Data);
+            }
             match outcome {
                 Ok(()) => {
                     let len = u32::try_from(what.len).unwrap_or(u32::MAX);
@@ -512,7 +531,13 @@ impl Pump {
     fn redo(&self, hot: Hot) {
         self.client.end_io(&hot.inode, hot.token, false);
         if hot.write {
-            let what = WriteWhat { offset: hot.offset, len: hot.len, append: false, kill_setid: false };
+            let what = WriteWhat {
+                offset: hot.offset,
+                len: hot.len,
+                append: false,
+                kill_setid: false,
+                sync: Sync::No,
+            };
             self.slow_write(hot.caller, hot.inode, hot.buf, what);
         } else {
             self.slow_read(hot.caller, hot.inode, hot.offset, hot.len);
@@ -523,7 +548,7 @@ impl Pump {
     fn hidden_read(&self, header: &InHeader, io: IoIn) {
         let (hidden, device) = (self.hidden.clone(), self.device.clone());
         let (nodeid, unique) = (header.nodeid, header.unique);
-        self.io_pool.run(move || match hidden.read(nodeid, io.offset, io.size as usize) {
+        self.hidden_pool.run(move || match hidden.read(nodeid, io.offset, io.size as usize) {
             Ok(data) => device.reply(unique, &data),
             Err(errno) => device.error(unique, errno),
         });
@@ -532,7 +557,7 @@ impl Pump {
     fn hidden_write(&self, header: &InHeader, io: IoIn, data: Vec<u8>) {
         let (hidden, device) = (self.hidden.clone(), self.device.clone());
         let (nodeid, unique) = (header.nodeid, header.unique);
-        self.io_pool.run(move || match hidden.write(nodeid, io.offset, &data) {
+        self.hidden_pool.run(move || match hidden.write(nodeid, io.offset, &data) {
             Ok(()) => device.reply(unique, &abi::write_out(io.size)),
             Err(errno) => device.error(unique, errno),
         });
@@ -544,7 +569,9 @@ impl Pump {
         };
         let (client, device) = (self.client.clone(), self.device.clone());
         let (caller, opcode) = (caller(header), header.opcode);
-        self.lock_pool.run(move || match super::locks::run(&client, caller, &inode, opcode, lock) {
+        // Only what may wait for another process goes to the pool that such waiters can fill.
+        let pool = if opcode == abi::SETLKW { &self.lock_pool } else { &self.io_pool };
+        pool.run(move || match super::locks::run(&client, caller, &inode, opcode, lock) {
             Ok(reply) => device.reply(caller.request, &reply),
             Err(errno) => device.error(caller.request, errno),
         });
@@ -557,6 +584,31 @@ struct WriteWhat {
     len: usize,
     append: bool,
     kill_setid: bool,
+    sync: Sync,
+}
+
+/// Must the write be durable before it is answered? The kernel leaves O_SYNC and O_DSYNC to us with direct I/O.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sync {
+    No,
+    Data,
+    All,
+}
+
+impl Sync {
+    fn of(io: IoIn) -> Sync {
+        let flags = io.open_flags.cast_signed();
+        if io.io_flags & abi::WRITE_CACHE != 0 {
+            return Sync::No;
+        }
+        if flags & libc::O_SYNC == libc::O_SYNC {
+            Sync::All
+        } else if flags & libc::O_DSYNC != 0 {
+            Sync::Data
+        } else {
+            Sync::No
+        }
+    }
 }
 
 fn caller(header: &InHeader) -> Caller {

@@ -1,5 +1,8 @@
 //! The coordinator in this same process. Its messages go through a queue and a thread, because it sends while it
 //! holds its own locks and the client answers by calling it.
+//!
+//! The coordinator may end this session like any other (a recall that was missed, a process that stood still for too
+//! long); the thread then begins a new one.
 
 use crate::client::VolumeClient;
 use crate::client::channel::Link;
@@ -7,8 +10,12 @@ use crate::client::now_ms;
 use anyhow::{Context, Result, anyhow};
 use csv_coordinator::{Coordinator, Outbox, SessionRef};
 use csv_proto as proto;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// Pause before a session that was refused is asked for again.
+const RETRY: Duration = Duration::from_millis(200);
 
 struct LocalLink {
     coordinator: Arc<Coordinator>,
@@ -29,15 +36,47 @@ impl Link for LocalLink {
     }
 }
 
-struct Queue(Sender<proto::ServerMessage>);
+/// `None` ends the session.
+struct Queue(Sender<Option<proto::ServerMessage>>);
 
 impl Outbox for Queue {
     fn send(&self, message: proto::ServerMessage) {
-        // The receiver ends with the process.
-        let _ = self.0.send(message);
+        // The receiver ends only after a `close`.
+        let _ = self.0.send(Some(message));
     }
     fn close(&self, why: &str) {
         tracing::warn!(why, "the coordinator closed the local session");
+        let _ = self.0.send(None);
+    }
+}
+
+struct Session {
+    link: Arc<LocalLink>,
+    messages: Receiver<Option<proto::ServerMessage>>,
+    hello_ms: u64,
+}
+
+fn begin(client: &VolumeClient, coordinator: &Arc<Coordinator>, hello: &proto::Hello) -> Result<Session> {
+    let (sender, messages) = channel();
+    let link = Arc::new(LocalLink { coordinator: coordinator.clone(), session: OnceLock::new() });
+    let hello_ms = now_ms();
+    let session = coordinator
+        .connect(client.node, hello, Arc::new(Queue(sender)))
+        .map_err(|refusal| anyhow!("the coordinator refused the local session: {refusal}"))?;
+    let _ = link.session.set(session);
+    Ok(Session { link, messages, hello_ms })
+}
+
+fn talk(client: &Arc<VolumeClient>, session: &Session) {
+    while let Ok(Some(message)) = session.messages.recv() {
+        match message.body {
+            Some(proto::server_message::Body::Welcome(welcome)) => {
+                if let Err(error) = client.welcomed(session.link.clone(), &welcome, session.hello_ms) {
+                    tracing::error!(%error, "bad Welcome");
+                }
+            }
+            Some(_) | None => client.received(message),
+        }
     }
 }
 
@@ -48,28 +87,24 @@ impl Outbox for Queue {
 pub(crate) fn connect(
     client: &Arc<VolumeClient>,
     coordinator: &Arc<Coordinator>,
-    hello: &proto::Hello,
+    hello: proto::Hello,
 ) -> Result<()> {
-    let (sender, receiver) = channel();
-    let link = Arc::new(LocalLink { coordinator: coordinator.clone(), session: OnceLock::new() });
-    let hello_ms = now_ms();
-    let session = coordinator
-        .connect(client.node, hello, Arc::new(Queue(sender)))
-        .map_err(|refusal| anyhow!("the coordinator refused the local session: {refusal}"))?;
-    let _ = link.session.set(session);
-    let client = client.clone();
+    let mut session = begin(client, coordinator, &hello)?;
+    let (client, coordinator) = (client.clone(), coordinator.clone());
     std::thread::Builder::new()
         .name("local-link".into())
         .spawn(move || {
-            for message in receiver {
-                match message.body {
-                    Some(proto::server_message::Body::Welcome(welcome)) => {
-                        if let Err(error) = client.welcomed(link.clone(), &welcome, hello_ms) {
-                            tracing::error!(%error, "bad Welcome");
-                        }
+            loop {
+                talk(&client, &session);
+                client.chan.unlinked();
+                // A coordinator that has stopped refuses until the process ends.
+                session = loop {
+                    std::thread::sleep(RETRY);
+                    match begin(&client, &coordinator, &hello) {
+                        Ok(session) => break session,
+                        Err(error) => tracing::debug!(%error, "local session"),
                     }
-                    Some(_) | None => client.received(message),
-                }
+                };
             }
         })
         .context("cannot start a thread")?;

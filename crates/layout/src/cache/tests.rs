@@ -276,3 +276,16 @@ fn in_flight_is_bounded() {
     assert!(matches!(bed.read(r(0, 1)), Outcome::Hit(_)));
     assert_eq!(bed.cache.in_flight(), IO_MAX);
 }
+
+#[test]
+fn without_the_end_of_file_right_nothing_begins_behind_the_size() {
+    // An exclusive grant of whole blocks on a file of 5,000 bytes.
+    let mut bed = Bed::with(r(0, 8192), Access::Exclusive);
+    bed.cache.set_size_limit(5000);
+    assert_eq!(bed.read(r(4096, 8192)), Outcome::Miss);
+    let mut out = Vec::new();
+    assert_eq!(bed.cache.begin_write(r(4096, 8192), 512, &mut out), Outcome::Miss);
+    assert_eq!(bed.cache.begin_write(r(4999, 5001), 512, &mut out), Outcome::Miss);
+    assert!(matches!(bed.cache.begin_write(r(4990, 5000), 512, &mut out), Outcome::HitRmw(_)));
+    assert!(matches!(bed.read(r(4096, 5000)), Outcome::Hit(_)));
+}

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// How long a file that cannot be lent is left alone before the next try.
 const REDIRECT_HOLD: Duration = Duration::from_secs(5);
+/// Pause before a layout is asked for again when the coordinator has too many such requests for the file.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 impl VolumeClient {
     /// Asks for a layout. The grant is taken into the cache by the receiving thread, in order with recalls.
@@ -53,6 +55,11 @@ impl VolumeClient {
             }
             // The range lies behind the end of the file now; the caller looks at the new size.
             Err(Errno::NXIO) => Ok(()),
+            // Too many ask for this file at once: the caller looks again.
+            Err(Errno::AGAIN) => {
+                std::thread::sleep(BUSY_PAUSE);
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }
@@ -93,6 +100,9 @@ impl FileIo {
             alloc_end: grant.alloc_end,
             dirty: false,
         });
+        if eof.is_none() {
+            self.cache.set_size_limit(grant.size);
+        }
         self.cache.granted(grant.seq, grant.range(), access_of(grant.access), &extents, eof);
         self.known_size = grant.size;
         self.granted_size = grant.size;

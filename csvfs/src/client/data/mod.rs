@@ -93,9 +93,6 @@ impl VolumeClient {
             io.wrote_at = Some(proto_now());
             io.device_dirty = true;
         }
-        for back in &returns {
-            let mtime = io.wrote_at.take();
-            self.send_return(inode.file, back, mtime);
-        }
+        self.send_returns(inode.file, &mut io, &returns);
     }
 }

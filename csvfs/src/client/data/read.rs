@@ -37,7 +37,7 @@ impl VolumeClient {
             match self.modes.kind() {
                 ModeKind::Unavailable => return Err(Errno::IO),
                 ModeKind::Paused => {
-                    self.modes.wait_change(deadline);
+                    self.modes.wait_change(ModeKind::Paused, deadline);
                     continue;
                 }
                 ModeKind::FsRedirected => return self.read_through_fs(caller, inode, offset, len),
@@ -196,19 +196,20 @@ impl VolumeClient {
             return self.read_by_call(caller, inode, offset, len);
         }
         let pool = self.smb_pool()?;
-        let path = self.smb_file(inode);
         let deadline = Instant::now() + self.op_timeout;
         let mut data = vec![0; len];
         let mut done = 0;
         while done < len {
             let end = len.min(done + SMB_BYTES_MAX);
-            match pool.read_at(&path, offset + done as u64, &mut data[done..end]) {
+            // The path is made anew each time: after a change of coordinator the session has another token.
+            match pool.read_at(&self.smb_file(inode), offset + done as u64, &mut data[done..end]) {
                 Ok(got) => {
                     done += got;
                     if got == 0 || done < end {
                         break;
                     }
                 }
+                Err(error) if error.is_rejected() => return self.read_by_call(caller, inode, offset, len),
                 Err(error) => self.smb_retry(&error, deadline)?,
             }
         }

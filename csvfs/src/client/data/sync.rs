@@ -5,7 +5,7 @@ use crate::client::channel::Caller;
 use crate::client::inode::Inode;
 use csv_layout::Access;
 use csv_proto as proto;
-use csv_types::ByteRange;
+use csv_types::{ByteRange, Epoch};
 use proto::call::Op;
 use rustix::io::Errno;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ impl VolumeClient {
             Ok(_) => {
                 if let Some(size) = size {
                     io.cache.size_committed(size);
-                    io.coordinator_dirty = true;
+                    self.dirty_at_coordinator(&mut io);
                 }
                 Ok(())
             }
@@ -47,14 +47,42 @@ impl VolumeClient {
         }
     }
 
+    /// flush (close) and the beginning of fsync: commits, and tells once when acknowledged data may be lost (safety
+    /// rule 7): the lease ended over a size that was not committed, or a coordinator went down without writing
+    /// back what went through it. The data that lies on the LUN under a layout is not concerned.
+    ///
+    /// # Errors
+    /// EIO for lost data; those of the commit.
+    pub(crate) fn flush(&self, caller: Caller, inode: &Inode) -> Result<(), Errno> {
+        self.commit(caller, inode)?;
+        if std::mem::take(&mut inode.io.lock().lost) {
+            let text =
+                format!("data written to file {} may be lost; its fsync or close reports EIO", inode.file);
+            self.events.report("data-lost", text);
+            return Err(Errno::IO);
+        }
+        Ok(())
+    }
+
+    /// A coordinator ended without writing back: what depended on it is lost.
+    pub(crate) fn unsynced_lost(&self, epoch: Epoch) {
+        for inode in self.inodes.all() {
+            let mut io = inode.io.lock();
+            if io.coordinator_dirty.is_some_and(|since| since < epoch) {
+                io.lost = true;
+                io.coordinator_dirty = None;
+            }
+        }
+    }
+
     /// fsync(2), fdatasync(2). What this node wrote to the LUN is flushed by this node; size and times, and
     /// whatever went through the coordinator, are made durable there.
     pub(crate) fn fsync(&self, caller: Caller, inode: &Arc<Inode>, datasync: bool) -> Result<(), Errno> {
-        self.commit(caller, inode)?;
+        self.flush(caller, inode)?;
         let (device_dirty, at_coordinator) = {
             let mut io = inode.io.lock();
             let held = io.cache.covers(ByteRange::new(0, io.known_size), Access::Write);
-            let at_coordinator = !datasync || io.coordinator_dirty || !held || !self.lease_alive();
+            let at_coordinator = !datasync || io.coordinator_dirty.is_some() || !held || !self.lease_alive();
             (std::mem::take(&mut io.device_dirty), at_coordinator)
         };
         if device_dirty && let Err(error) = self.flush_lun() {
@@ -62,10 +90,11 @@ impl VolumeClient {
             return Err(error);
         }
         if at_coordinator || !self.modes.is_direct() {
-            inode.io.lock().coordinator_dirty = false;
+            let dirty = inode.io.lock().coordinator_dirty.take();
             let op = Op::Fsync(proto::Fsync { file: Some(inode.file.into()), datasync, dir: false });
             if let Err(error) = self.chan.call(caller, op) {
-                inode.io.lock().coordinator_dirty = true;
+                let mut io = inode.io.lock();
+                io.coordinator_dirty = dirty.or(io.coordinator_dirty);
                 return Err(error);
             }
         }
@@ -93,7 +122,10 @@ impl VolumeClient {
             };
             if due && let Err(error) = self.commit(Caller::default(), &inode) {
                 tracing::debug!(%error, file = %inode.file, "commit is tried again later");
-                return;
+                if error == Errno::IO {
+                    // Nobody answers: the others would wait as long.
+                    return;
+                }
             }
         }
     }

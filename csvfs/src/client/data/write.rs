@@ -39,7 +39,7 @@ impl VolumeClient {
             match self.modes.kind() {
                 ModeKind::Unavailable => return Err(Errno::IO),
                 ModeKind::Paused => {
-                    self.modes.wait_change(deadline);
+                    self.modes.wait_change(ModeKind::Paused, deadline);
                     continue;
                 }
                 ModeKind::FsRedirected => return self.write_through_fs(caller, inode, write),
@@ -239,7 +239,7 @@ impl VolumeClient {
             done += piece.len() as u64;
             count(&self.counts.control_writes, 1);
             let mut io = inode.io.lock();
-            io.coordinator_dirty = true;
+            self.dirty_at_coordinator(&mut io);
             match reply.body {
                 Some(Body::Count(proto::Count { attr: Some(attr), .. })) => io.known_size = attr.size,
                 Some(_) | None => io.known_size = io.known_size.max(write.offset + done),
@@ -260,14 +260,14 @@ impl VolumeClient {
             return self.write_by_call(caller, inode, write);
         }
         let pool = self.smb_pool()?;
-        let path = self.smb_file(inode);
         let deadline = Instant::now() + self.op_timeout;
         let mut done = 0;
         for piece in write.data.chunks(SMB_BYTES_MAX) {
             let offset = write.offset + done;
             done += piece.len() as u64;
             loop {
-                match pool.write_at(&path, offset, piece) {
+                // Made anew each time: after a change of coordinator the session has another token.
+                match pool.write_at(&self.smb_file(inode), offset, piece) {
                     Ok(()) => break,
                     // SMB knows "disk full" only as one error among many: the control call tells exactly.
                     Err(error) if error.is_rejected() => {
@@ -282,7 +282,7 @@ impl VolumeClient {
         count(&self.counts.fs_writes, 1);
         self.meta.changed(&[inode.file], &[]);
         let mut io = inode.io.lock();
-        io.coordinator_dirty = true;
+        self.dirty_at_coordinator(&mut io);
         io.known_size = io.known_size.max(write.offset + done);
         Ok(())
     }
