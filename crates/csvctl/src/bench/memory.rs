@@ -1,6 +1,9 @@
 //! Memory that an open file costs: how much the node's csvfs grows when so many files are opened and read. It runs
 //! inside a node (`csvctl bench memory DIR open N`), because a process can be looked at by its name only there.
 
+use super::Plan;
+use super::jobs::ModeName;
+use super::lab::BenchLab;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -10,6 +13,36 @@ use std::path::{Path, PathBuf};
 
 /// Each file holds one block, so that its layout is held too.
 const FILE_BYTES: usize = 4096;
+
+/// Files opened to see what an open file costs.
+const FILES: u64 = 1000;
+
+/// What an open file costs csvfs on the coordinator and on the direct node. Says little on a node whose csvfs has
+/// served a heavy load before: memory freed after that is used again without the process growing.
+pub(super) fn of_nodes(lab: &BenchLab, plan: &Plan, dir: &str) -> anyhow::Result<Vec<(ModeName, u64)>> {
+    let mut result = Vec::new();
+    for mode in [ModeName::Coordinator, ModeName::Direct] {
+        let node = if mode == ModeName::Direct { lab.direct.as_ref() } else { Some(&lab.coordinator) };
+        let Some(node) = node.filter(|_| plan.modes.contains(&mode)) else { continue };
+        let others = [lab.block_redirected.as_ref(), Some(&lab.coordinator), lab.direct.as_ref()];
+        // Making files takes memory too, so another node does it.
+        let maker = others.into_iter().flatten().find(|other| *other != node).unwrap_or(node);
+        let step = |on: &str, part: &str, step: &str| {
+            let dir = format!("{dir}/memory-{mode}-{part}");
+            let text = lab.ctl(on, &["bench", "memory", &dir, step, &FILES.to_string()]);
+            text.with_context(|| format!("memory per open file on {node}"))
+        };
+        step(maker, "warm", "make")?;
+        step(maker, "open", "make")?;
+        // The first files bring buffers and tables to their working size.
+        step(node, "warm", "open")?;
+        let text = step(node, "open", "open")?;
+        let memory: Memory =
+            serde_json::from_str(text.trim()).with_context(|| format!("reading {text:?}"))?;
+        result.push((mode, memory.bytes_per_file()));
+    }
+    Ok(result)
+}
 
 /// Arguments of the helper.
 #[derive(Debug, clap::Args)]

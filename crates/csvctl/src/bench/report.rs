@@ -15,8 +15,6 @@ pub(super) struct Measured {
     pub(super) round: u32,
     pub(super) sample: Sample,
     pub(super) cpu_us_per_io: f64,
-    /// With the create job: what an open file costs the node's csvfs.
-    pub(super) rss_bytes_per_open_file: Option<u64>,
 }
 
 /// A row of the result; medians over the rounds.
@@ -82,11 +80,17 @@ impl Facts {
 }
 
 /// One row per job and mode, jobs in their fixed order, modes in theirs.
-pub(super) fn rows(measured: &[Measured], rounds: u32) -> Vec<Row> {
+pub(super) fn rows(measured: &[Measured], memory: &[(ModeName, u64)], rounds: u32) -> Vec<Row> {
     let mut keys: Vec<(Job, ModeName)> = measured.iter().map(|m| (m.job, m.mode)).collect();
     keys.sort_unstable();
     keys.dedup();
-    keys.into_iter().filter_map(|(job, mode)| row(measured, job, mode, rounds)).collect()
+    let mut rows: Vec<Row> =
+        keys.into_iter().filter_map(|(job, mode)| row(measured, job, mode, rounds)).collect();
+    for row in rows.iter_mut().filter(|row| row.job == Job::Create) {
+        row.rss_bytes_per_open_file =
+            memory.iter().find(|(mode, _)| *mode == row.mode).map(|(_, bytes)| *bytes);
+    }
+    rows
 }
 
 fn row(measured: &[Measured], job: Job, mode: ModeName, rounds: u32) -> Option<Row> {
@@ -109,7 +113,7 @@ fn row(measured: &[Measured], job: Job, mode: ModeName, rounds: u32) -> Option<R
         },
         cpu_us_per_io: field(|m| m.cpu_us_per_io)?,
         bw_bytes_per_s: job.shape().and_then(|_| field(|m| m.sample.bw_bytes_per_s)),
-        rss_bytes_per_open_file: own.iter().find_map(|m| m.rss_bytes_per_open_file),
+        rss_bytes_per_open_file: None,
         seconds: own.iter().map(|m| m.sample.seconds).sum(),
         rounds,
         iops_min: iops().fold(f64::INFINITY, f64::min),
@@ -208,15 +212,7 @@ pub(super) mod tests {
             p99_us: 3e6 / iops,
             seconds: 1.0,
         };
-        Measured {
-            job,
-            mode,
-            node: "n1".into(),
-            round,
-            sample,
-            cpu_us_per_io: 7.0,
-            rss_bytes_per_open_file: (job == Job::Create).then_some(1500),
-        }
+        Measured { job, mode, node: "n1".into(), round, sample, cpu_us_per_io: 7.0 }
     }
 
     pub(in super::super) fn outcome() -> Outcome {
@@ -241,7 +237,7 @@ pub(super) mod tests {
             rounds: 3,
             runtime_s: 3,
         };
-        Outcome { rows: rows(&samples, 3), facts }
+        Outcome { rows: rows(&samples, &[(ModeName::Direct, 1500)], 3), facts }
     }
 
     #[test]

@@ -4,11 +4,10 @@ use super::cpu::Busy;
 use super::fio::{self, Extent, Sample, Target};
 use super::jobs::{Job, ModeName};
 use super::lab::BenchLab;
-use super::memory::Memory;
 use super::meta::MetaResult;
 use super::region::{self, Region};
 use super::report::{Facts, Measured, Outcome};
-use super::{Plan, report};
+use super::{Plan, memory, report};
 use anyhow::Context as _;
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
@@ -17,8 +16,6 @@ use std::path::PathBuf;
 const DIR: &str = "csv-bench";
 /// The cost of starting fio is the least of so many starts.
 const START_PROBES: usize = 3;
-/// Files opened to see what an open file costs.
-const MEMORY_FILES: u32 = 1000;
 /// The bench file may be made this many times larger to find room in one piece.
 const GROW_MAX: u32 = 2;
 
@@ -52,6 +49,9 @@ pub(super) fn measure(lab: &BenchLab, plan: &Plan) -> anyhow::Result<Outcome> {
 fn measure_in(lab: &BenchLab, plan: &Plan, dir: &str) -> anyhow::Result<Outcome> {
     lab.exec(&lab.coordinator, &["rm", "-rf", dir])?;
     lab.exec(&lab.coordinator, &["mkdir", dir])?;
+    // First of all: later, memory freed after a load would hide what open files take.
+    let memory =
+        if plan.jobs.contains(&Job::Create) { memory::of_nodes(lab, plan, dir)? } else { Vec::new() };
     let raw_node = lab.direct.clone().unwrap_or_else(|| lab.coordinator.clone());
     let smb_reference = smb_reference_program();
     let mut stage = Stage {
@@ -79,7 +79,7 @@ fn measure_in(lab: &BenchLab, plan: &Plan, dir: &str) -> anyhow::Result<Outcome>
     }
     bar.finish_and_clear();
     let facts = Facts::collect(&stage.device, stage.region.len, plan)?;
-    Ok(Outcome { rows: report::rows(&measured, plan.rounds), facts })
+    Ok(Outcome { rows: report::rows(&measured, &memory, plan.rounds), facts })
 }
 
 impl Stage<'_> {
@@ -112,7 +112,6 @@ impl Stage<'_> {
                     round,
                     sample,
                     cpu_us_per_io,
-                    rss_bytes_per_open_file: None,
                 });
             }
         }
@@ -237,19 +236,9 @@ impl Stage<'_> {
                     else {
                         continue;
                     };
-                    let rss_bytes_per_open_file =
-                        if job == Job::Create && round == 0 { self.memory(*mode, node)? } else { None };
                     let node = node.clone();
                     let mode = *mode;
-                    measured.push(Measured {
-                        job,
-                        mode,
-                        node,
-                        round,
-                        sample,
-                        cpu_us_per_io,
-                        rss_bytes_per_open_file,
-                    });
+                    measured.push(Measured { job, mode, node, round, sample, cpu_us_per_io });
                 }
                 Ok(())
             })?;
@@ -268,28 +257,6 @@ impl Stage<'_> {
         let busy_us = Busy::now()?.since_us(before);
         let sample = sample_of(&parse_result(&text)?, 0);
         Ok(Some((sample, per_io(busy_us, sample.ios))))
-    }
-
-    /// What an open file costs csvfs on the node, for the modes that differ in it.
-    fn memory(&self, mode: ModeName, node: &str) -> anyhow::Result<Option<u64>> {
-        if !matches!(mode, ModeName::Coordinator | ModeName::Direct | ModeName::BlockRedirected) {
-            return Ok(None);
-        }
-        let dir = format!("{}/{DIR}/memory-{mode}", self.lab.mount_point());
-        let maker = if *node == *self.lab.coordinator { &self.raw_node } else { &self.lab.coordinator };
-        let step = |on: &str, part: &str, step: &str| {
-            let dir = format!("{dir}/{part}");
-            let text = self.lab.ctl(on, &["bench", "memory", &dir, step, &MEMORY_FILES.to_string()]);
-            text.with_context(|| format!("memory per open file on {node}"))
-        };
-        step(maker, "warm", "make")?;
-        step(maker, "open", "make")?;
-        // The first files bring buffers and tables to their working size.
-        step(node, "warm", "open")?;
-        let text = step(node, "open", "open")?;
-        let memory: Memory =
-            serde_json::from_str(text.trim()).with_context(|| format!("reading {text:?}"))?;
-        Ok(Some(memory.bytes_per_file()))
     }
 }
 
