@@ -26,6 +26,9 @@ build: deps
 	$(CARGO) build --release --workspace --bins
 
 lab: build
+	@if $(SUDO) $(CSVCTL) lab list --json | grep -q '"name": *"lab"'; then \
+		echo "removing the lab of an earlier run"; $(SUDO) $(CSVCTL) lab down --name lab; \
+	fi
 	@$(SUDO) $(CSVCTL) lab up
 	@$(SUDO) scripts/vm-demo.sh --lab lab n1 n3
 	@$(SUDO) $(CSVCTL) --lab lab volume state
