@@ -8,11 +8,16 @@ PACKAGES=(
     # build
     build-essential pkg-config libsmbclient-dev ca-certificates curl git
     # run
-    samba smbclient e2fsprogs xfsprogs fuse3 iproute2 util-linux
+    samba smbclient e2fsprogs xfsprogs fuse3 iproute2 mount util-linux
     # lab, tests, benchmarks, virtual machine demo
     acl attr busybox-static cpio fio kmod procps psmisc qemu-system-x86 qemu-utils
 )
 RUST_MIN=1.88
+
+# Samba's module catia is in a package of its own up to Debian 12, and in samba itself from 13 on.
+if (. /etc/os-release && [[ ${ID:-} == debian && ${VERSION_ID:-99} -lt 13 ]]); then
+    PACKAGES+=(samba-vfs-modules)
+fi
 
 missing=()
 for package in "${PACKAGES[@]}"; do
