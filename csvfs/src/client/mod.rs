@@ -35,6 +35,7 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::time::Duration;
 
 /// What the client reports about itself besides its mode.
@@ -94,6 +95,8 @@ pub(crate) struct VolumeClient {
     /// This process owns the file system: no SMB, no wire.
     pub(crate) is_coordinator: bool,
     pub(crate) op_timeout: Duration,
+    /// Files whose pages the kernel should drop (mmap): a recall says that another node is about to change them.
+    stale_pages: Mutex<Option<SyncSender<u64>>>,
     /// A reclaim has begun and is not finished.
     reclaiming: AtomicBool,
     next_handle: AtomicU64,
@@ -141,6 +144,7 @@ impl VolumeClient {
             smb: RwLock::new(None),
             is_coordinator: options.is_coordinator,
             op_timeout: options.op_timeout,
+            stale_pages: Mutex::new(None),
             reclaiming: AtomicBool::new(false),
             next_handle: AtomicU64::new(1),
             lease_until_ms: AtomicU64::new(0),
@@ -171,6 +175,18 @@ impl VolumeClient {
 
     pub(crate) fn set_lease_ms(&self, lease_ms: u64) {
         self.lease_ms.store(lease_ms, Ordering::Release);
+    }
+
+    /// Where files with stale pages are reported from now on.
+    pub(crate) fn report_stale_pages(&self, to: SyncSender<u64>) {
+        *self.stale_pages.lock() = Some(to);
+    }
+
+    /// Another node changes this file. Best effort: mapped pages are no part of the coherence promise.
+    pub(crate) fn pages_stale(&self, inode: &inode::Inode) {
+        if let Some(to) = &*self.stale_pages.lock() {
+            let _ = to.try_send(inode.nodeid);
+        }
     }
 
     /// A number for a new open file.

@@ -206,6 +206,8 @@ impl VolumeClient {
         let mut io = inode.io.lock();
         io.cache.recalled(recall.recall_id, range, recall.up_to_seq, recall.keep_read, &mut returns);
         self.send_returns(file, &mut io, &returns);
+        drop(io);
+        self.pages_stale(&inode);
     }
 
     fn answer_query(&self, query: &proto::CommitQuery) {

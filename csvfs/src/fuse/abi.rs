@@ -135,6 +135,17 @@ pub(crate) fn out_header(unique: u64, errno: i32, payload: usize) -> [u8; OUT_HE
     bytes
 }
 
+/// `FUSE_NOTIFY_INVAL_INODE` for all of a file: `fuse_out_header` with the code in `error` and no request number,
+/// then `fuse_notify_inval_inode_out`.
+pub(crate) fn inval_inode(nodeid: u64) -> [u8; OUT_HEADER_BYTES + 24] {
+    const NOTIFY_INVAL_INODE: i32 = 2;
+    let mut bytes = [0; OUT_HEADER_BYTES + 24];
+    bytes[..OUT_HEADER_BYTES].copy_from_slice(&out_header(0, -NOTIFY_INVAL_INODE, 24));
+    bytes[OUT_HEADER_BYTES..OUT_HEADER_BYTES + 8].copy_from_slice(&nodeid.to_ne_bytes());
+    // Offset 0, and length 0 for "to the end".
+    bytes
+}
+
 /// `fuse_write_out`.
 pub(crate) fn write_out(written: u32) -> [u8; 8] {
     let mut bytes = [0; 8];

@@ -81,6 +81,11 @@ impl Device {
         self.send(&[IoSlice::new(message)]);
     }
 
+    /// Makes the kernel drop what it caches of a file for mmap(2), after writing back what is dirty; waits for that.
+    pub(crate) fn drop_pages(&self, nodeid: u64) {
+        self.send(&[IoSlice::new(&abi::inval_inode(nodeid))]);
+    }
+
     fn send(&self, parts: &[IoSlice<'_>]) {
         match rustix::io::writev(&self.file, parts) {
             Ok(_) | Err(Errno::NOENT | Errno::NODEV) => {}

@@ -47,6 +47,7 @@ pub(crate) fn serve(device: Arc<Device>, client: Arc<VolumeClient>, hidden: Arc<
         std::thread::Builder::new().name("fuse-replies".into()).spawn(move || pass_replies(&ours, &device))
     };
     replies.context("cannot start a thread")?;
+    drop_stale_pages(&device, &client)?;
     let pump = Pump::new(device, client.clone(), hidden.clone(), ours.clone());
     let pump = std::thread::Builder::new()
         .name("fuse-pump".into())
@@ -64,6 +65,26 @@ pub(crate) fn serve(device: Arc<Device>, client: Arc<VolumeClient>, hidden: Arc<
     let _ = pump.join();
     let _ = rustix::net::shutdown(&ours, rustix::net::Shutdown::Both);
     let _ = session.join();
+    Ok(())
+}
+
+/// Files waiting for their pages to be dropped, at most; more are left as they are.
+const STALE_PAGES_MAX: usize = 1024;
+
+/// A thread of its own, because the kernel may have to write dirty pages back first, through this very mount.
+fn drop_stale_pages(device: &Arc<Device>, client: &VolumeClient) -> Result<()> {
+    let (sender, files) = std::sync::mpsc::sync_channel(STALE_PAGES_MAX);
+    client.report_stale_pages(sender);
+    let device = Arc::downgrade(device);
+    std::thread::Builder::new()
+        .name("stale-pages".into())
+        .spawn(move || {
+            for nodeid in files {
+                let Some(device) = device.upgrade() else { return };
+                device.drop_pages(nodeid);
+            }
+        })
+        .context("cannot start a thread")?;
     Ok(())
 }
 
