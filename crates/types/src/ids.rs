@@ -27,9 +27,7 @@ impl fmt::Display for VolumeId {
 
 /// Number of a volume's ownership. Grows by one each time a coordinator takes the volume; every message
 /// carries it and a stale one is refused on both ends (safety rule 5).
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Epoch(pub u64);
 
@@ -40,9 +38,7 @@ impl fmt::Display for Epoch {
 }
 
 /// A file of a volume for as long as it lives: inode number and the generation that tells reuses apart.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct FileId {
     /// Inode number in the volume's file system.
     pub ino: u64,
@@ -57,9 +53,7 @@ impl fmt::Display for FileId {
 }
 
 /// Byte offset on the LUN.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct LunOffset(pub u64);
 
