@@ -2,8 +2,8 @@
 //!
 //! * [`Lun`]: a block device (or a file, in the lab) with whole-block direct I/O, bounds, flush and faults;
 //! * [`AlignedBuf`], [`BufPool`]: memory that direct I/O accepts;
-//! * [`label`], [`probe`], [`in_use`]: what is on it and who uses it;
-//! * [`format`]: making a volume;
+//! * [`label`], [`mod@probe`], [`in_use`]: what is on it and who uses it;
+//! * [`mod@format`]: making a volume;
 //! * [`sys`]: file handles, FIEMAP, shutdown, page-cache counts; raw system calls behind safe functions.
 //!
 //! Invariants: nothing here reads or writes a partial block, nothing reaches behind the capacity that the LUN

@@ -2,7 +2,7 @@
 //! coordinator that serves it.
 //!
 //! * [`pool`]: `SmbPool`, blocking reads and writes from many threads. libsmbclient serves one call at a time
-//!   per process, so the work is done by `csv-smbc` processes ([`worker`] starts them, [`serve`] is what runs
+//!   per process, so the work is done by `csv-smbc` processes (`worker` starts them, [`serve`] is what runs
 //!   inside, [`wire`] is what they speak). A stuck call ends by killing its process.
 //! * [`smbd`]: a supervised smbd with a configuration of its own that touches nothing of the machine's Samba.
 //! * [`names`]: how names that SMB cannot carry appear on the share.

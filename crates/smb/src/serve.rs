@@ -2,7 +2,7 @@
 //!
 //! The process ends when the socket to the pool closes. It never repairs a connection: an error that may mean a
 //! lost connection is answered with `FLAG_BROKEN`, and the pool replaces the process. Which errors are a plain
-//! refusal by the server is decided in [`is_refusal`]; everything else counts as broken, because libsmbclient
+//! refusal by the server is decided in `is_refusal`; everything else counts as broken, because libsmbclient
 //! gives EINVAL or EBADF for a lost connection as well, and Samba turns errors of a FUSE file system that
 //! has gone into EACCES.
 
