@@ -6,7 +6,7 @@
 //! again. Every round makes progress or the loop ends at the operation's time-out or after [`ROUNDS_MAX`] rounds. A
 //! direct I/O that fails on its path is repeated block-redirected, so the application sees no error.
 //!
-//! * [`read`], [`write`]: the loops; * [`blocks`]: LUN blocks, direct or over SMB; * [`layout`]: grants;
+//! * [`read`], [`mod@write`]: the loops; * [`blocks`]: LUN blocks, direct or over SMB; * [`layout`]: grants;
 //! * [`sync`]: sizes, times and durability.
 
 mod blocks;
