@@ -394,6 +394,11 @@ impl Channel {
         }
     }
 
+    /// Was this request interrupted while none of its calls was under way? Asking takes the interrupt.
+    pub(crate) fn take_interrupt(&self, request: u64) -> bool {
+        request != 0 && self.state.lock().early_interrupts.remove(&request)
+    }
+
     /// A reply arrived.
     pub(crate) fn replied(&self, reply: proto::Reply) {
         let (waiter, on_reply) = {

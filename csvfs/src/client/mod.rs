@@ -230,6 +230,12 @@ impl VolumeClient {
         }));
     }
 
+    /// The kernel interrupts a FUSE request.
+    pub(crate) fn interrupt(&self, request: u64) {
+        self.chan.interrupt(request);
+        self.modes.wake();
+    }
+
     /// The SMB pool.
     pub(crate) fn smb_pool(&self) -> Result<Arc<SmbPool>, Errno> {
         self.smb.read().clone().ok_or(Errno::IO)

@@ -13,7 +13,7 @@ use csv_types::{LunOffset, Mode, ModeKind, Reason};
 use parking_lot::{Condvar, Mutex, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Time between probes of a failed path.
 const PROBE_INTERVAL: Duration = Duration::from_secs(1);
@@ -129,10 +129,19 @@ impl Modes {
         self.lun.read().clone()
     }
 
-    /// Waits until the mode is another than `seen`, or the deadline.
-    pub(crate) fn wait_change(&self, seen: ModeKind, deadline: Instant) {
+    /// Waits until the mode is another than `seen`, or `stop` says so; that is asked again after [`Modes::wake`].
+    pub(crate) fn wait_change(&self, seen: ModeKind, stop: impl Fn() -> bool) {
         let mut state = self.state.lock();
-        while state.mode.kind == seen && !self.changed.wait_until(&mut state, deadline).timed_out() {}
+        while state.mode.kind == seen && !stop() {
+            self.changed.wait(&mut state);
+        }
+    }
+
+    /// Something that a waiter may want to know has happened.
+    pub(crate) fn wake(&self) {
+        // Under the lock, so that nobody is between asking and waiting.
+        let _state = self.state.lock();
+        self.changed.notify_all();
     }
 
     fn change(&self, with: impl FnOnce(&mut Inputs)) -> bool {

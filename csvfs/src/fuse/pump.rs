@@ -217,7 +217,7 @@ impl Pump {
             }
             abi::INTERRUPT => {
                 if let Some(victim) = abi::interrupted(body) {
-                    self.client.chan.interrupt(victim);
+                    self.client.interrupt(victim);
                 }
             }
             abi::FORGET => {

@@ -1,6 +1,7 @@
 //! LUN blocks: straight to the device, or over SMB to the coordinator's block service.
 
 use super::{Blocks, SMB_BYTES_MAX};
+use crate::client::channel::Caller;
 use crate::client::inode::Inode;
 use crate::client::{VolumeClient, count};
 use csv_types::{ByteRange, LunOffset, ModeKind};
@@ -120,7 +121,15 @@ impl VolumeClient {
         format!("/.csvfs/file-{token}-{}-{}", inode.file.ino, inode.file.generation)
     }
 
-    pub(super) fn smb_retry(&self, error: &csv_smb::pool::SmbError, deadline: Instant) -> Result<(), Errno> {
+    pub(super) fn smb_retry(
+        &self,
+        caller: Caller,
+        error: &csv_smb::pool::SmbError,
+        deadline: Instant,
+    ) -> Result<(), Errno> {
+        if self.chan.take_interrupt(caller.request) {
+            return Err(Errno::INTR);
+        }
         if error.is_fatal() || Instant::now() >= deadline {
             self.events.report("smb-error", format!("file-system redirected I/O failed: {error}"));
             return Err(Errno::IO);

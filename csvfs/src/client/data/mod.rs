@@ -15,10 +15,12 @@ mod read;
 mod sync;
 mod write;
 
+use super::channel::Caller;
 use super::inode::Inode;
 use super::{VolumeClient, proto_now};
 use csv_layout::cache::{IoToken, Return};
 use csv_lun::LunError;
+use csv_types::ModeKind;
 use rustix::io::Errno;
 use std::sync::Arc;
 
@@ -77,6 +79,20 @@ impl VolumeClient {
                 Err(Errno::IO)
             }
         }
+    }
+
+    /// The volume is in maintenance: data operations wait until that is over, however long it takes, or until they are
+    /// interrupted.
+    ///
+    /// # Errors
+    /// EINTR.
+    pub(super) fn wait_paused(&self, caller: Caller) -> Result<(), Errno> {
+        let interrupted = std::cell::Cell::new(false);
+        self.modes.wait_change(ModeKind::Paused, || {
+            interrupted.set(interrupted.get() || self.chan.take_interrupt(caller.request));
+            interrupted.get()
+        });
+        if interrupted.get() { Err(Errno::INTR) } else { Ok(()) }
     }
 
     /// The path to the LUN failed: redirect, and probe until it is back.

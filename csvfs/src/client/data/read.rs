@@ -29,15 +29,19 @@ impl VolumeClient {
         offset: u64,
         len: usize,
     ) -> Result<Vec<u8>, Errno> {
-        let deadline = Instant::now() + self.op_timeout;
+        let mut deadline = Instant::now() + self.op_timeout;
         for _ in 0..ROUNDS_MAX {
+            if self.chan.take_interrupt(caller.request) {
+                return Err(Errno::INTR);
+            }
             if Instant::now() >= deadline {
                 return Err(Errno::IO);
             }
             match self.modes.kind() {
                 ModeKind::Unavailable => return Err(Errno::IO),
                 ModeKind::Paused => {
-                    self.modes.wait_change(ModeKind::Paused, deadline);
+                    self.wait_paused(caller)?;
+                    deadline = Instant::now() + self.op_timeout;
                     continue;
                 }
                 ModeKind::FsRedirected => return self.read_through_fs(caller, inode, offset, len),
@@ -210,7 +214,7 @@ impl VolumeClient {
                     }
                 }
                 Err(error) if error.is_rejected() => return self.read_by_call(caller, inode, offset, len),
-                Err(error) => self.smb_retry(&error, deadline)?,
+                Err(error) => self.smb_retry(caller, &error, deadline)?,
             }
         }
         count(&self.counts.fs_reads, 1);

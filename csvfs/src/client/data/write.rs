@@ -31,15 +31,19 @@ impl VolumeClient {
         if write.kill_setid && inode.setid.load(Ordering::Relaxed) {
             self.kill_setid(caller, inode)?;
         }
-        let deadline = Instant::now() + self.op_timeout;
+        let mut deadline = Instant::now() + self.op_timeout;
         for _ in 0..ROUNDS_MAX {
+            if self.chan.take_interrupt(caller.request) {
+                return Err(Errno::INTR);
+            }
             if Instant::now() >= deadline {
                 return Err(Errno::IO);
             }
             match self.modes.kind() {
                 ModeKind::Unavailable => return Err(Errno::IO),
                 ModeKind::Paused => {
-                    self.modes.wait_change(ModeKind::Paused, deadline);
+                    self.wait_paused(caller)?;
+                    deadline = Instant::now() + self.op_timeout;
                     continue;
                 }
                 ModeKind::FsRedirected => return self.write_through_fs(caller, inode, write),
@@ -275,7 +279,7 @@ impl VolumeClient {
                         self.write_by_call(caller, inode, rest)?;
                         break;
                     }
-                    Err(error) => self.smb_retry(&error, deadline)?,
+                    Err(error) => self.smb_retry(caller, &error, deadline)?,
                 }
             }
         }
