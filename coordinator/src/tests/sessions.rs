@@ -165,6 +165,12 @@ fn grace_lets_nodes_reclaim_and_nobody_else_in() {
         let a = Node::connect(rig.co(), N1, [1; 16], epoch);
         let b = Node::connect(rig.co(), N2, [2; 16], epoch);
         assert!(b.welcome().grace && !b.welcome().resumed);
+        // Its size is not known before grace is over, which must not hold up what grace waits for.
+        for node in [&a, &b] {
+            let open =
+                csv_proto::Open { file: Some(file.into()), handle: 9, reclaim: true, ..Default::default() };
+            node.ok(Op::Open(open));
+        }
         let cut = a.start(a.truncate(file, 0));
         let get = a.start(a.get(other, 0, 4096, Access::Read));
         a.send(client_message::Body::ReclaimDone(ReclaimDone {}));
@@ -183,6 +189,25 @@ fn grace_lets_nodes_reclaim_and_nobody_else_in() {
         assert_eq!(a.finish(cut).errno, 0);
         assert!(b.wait_recall().up_to_seq >= grant.seq);
         assert_eq!(a.call(lock(file, 1, libc::F_WRLCK, false)).errno, libc::EAGAIN, "n2 has its lock back");
+    });
+}
+
+#[test]
+fn an_open_file_whose_end_moves_is_reclaimed_before_its_layout() {
+    on_each_fs(|rig| {
+        let b = rig.node(N2);
+        let file = b.create("f", 1);
+        let grant = b.extend(file, 0, 4096);
+        let epoch = rig.co().options().epoch.0;
+        rig.coordinator.take().unwrap().crash();
+        drop(b);
+        rig.start();
+        let b = Node::connect(rig.co(), N2, [2; 16], epoch);
+        assert!(b.welcome().grace);
+        b.ok(Op::Open(csv_proto::Open { file: Some(file.into()), flags: 0, handle: 1, reclaim: true }));
+        b.ok(Op::LayoutReclaim(LayoutReclaim { file: Some(file.into()), grants: vec![grant] }));
+        b.send(client_message::Body::ReclaimDone(ReclaimDone {}));
+        assert!(rig.event("grace-end").contains("every node"));
     });
 }
 
