@@ -1,4 +1,4 @@
-//! Three nodes on the same few files at random against a model, while paths and modes of a node fail and heal.
+//! Three nodes on the same few files at random against a model, while paths and modes of nodes fail and heal.
 //! Repeat a failure with the printed CSV_SEED.
 
 use csv_tests::driver::Driver;
@@ -8,7 +8,7 @@ use csv_tests::node_agent::NodeAgent;
 use csv_tests::rng::{self, Rng};
 use std::cell::Cell;
 
-/// About every so many operations something happens to n1's way to its data.
+/// About every so many operations something happens to a node's way to its data.
 const FAULT_EVERY: u64 = 150;
 
 fn steps() -> u64 {
@@ -22,11 +22,15 @@ fn agents(lab: &Lab, dir: &str) -> anyhow::Result<Vec<NodeAgent>> {
 
 /// What can happen to a node without its applications noticing.
 fn disturb(lab: &Lab, rng: &mut Rng) -> anyhow::Result<&'static str> {
-    match rng.below(5) {
-        0 => lab.lab("fail-path", &["n1"]).map(|_| "path of n1 fails"),
-        1 | 2 => lab.lab("heal-path", &["n1"]).map(|_| "path of n1 heals"),
-        3 => lab.redirect("n1", true).map(|()| "n1 redirected"),
-        _ => lab.redirect("n1", false).map(|()| "n1 not redirected"),
+    match rng.below(7) {
+        0 | 1 => lab.lab("fail-path", &["n1"]).map(|_| "path of n1 fails"),
+        2 | 3 => lab.lab("heal-path", &["n1"]).map(|_| "path of n1 heals"),
+        4 => lab.redirect("n1", true).map(|()| "n1 redirected"),
+        5 => lab.redirect("n1", false).map(|()| "n1 not redirected"),
+        _ => {
+            let on = rng.one_in(2);
+            lab.redirect("n3", on).map(|()| if on { "n3 redirected" } else { "n3 not redirected" })
+        }
     }
 }
 
@@ -50,6 +54,7 @@ fn run(fs: &str) -> anyhow::Result<()> {
         agent.stop()?;
     }
     lab.redirect("n1", false)?;
+    lab.redirect("n3", false)?;
     lab.lab("heal-path", &["n1"])?;
     let counts = lab.state("n1")?.io;
     println!(

@@ -129,6 +129,9 @@ fn read(file: &File, offset: u64, len: usize) -> io::Result<Reply> {
 }
 
 fn map_read(file: &File, offset: u64, len: usize) -> io::Result<Reply> {
+    // As every program that maps a file does. It matters: the kernel takes the size for page faults from the last
+    // attributes it saw, and another node may have moved the end since.
+    let _size = file.metadata()?.size();
     let skip = offset % PAGE_BYTES as u64;
     let skip_len = size(skip)?;
     let from = FileOffset::new(file.try_clone()?, offset - skip);
