@@ -158,7 +158,7 @@ impl Coordinator {
     pub(crate) async fn open(&self, call: &Call, open: Open) -> Result<Done, Fail> {
         let file = file_id(open.file)?;
         self.open_file(call, open.handle, file, open.flags).await?;
-        if false && open.reclaim {
+        if open.reclaim {
             // The size of a file whose end somebody was moving is known only after grace, which waits for this.
             return Ok(Done::nothing());
         }
