@@ -2,6 +2,7 @@
 
 use crate::calls::{Call, Done, Fail};
 use crate::coordinator::Coordinator;
+use crate::layouts::Exclusive;
 use crate::leases::Change;
 use csv_proto::{Attr, Rename, RmDir, Unlink, component, file_id};
 use csv_types::FileId;
@@ -20,14 +21,13 @@ impl Coordinator {
                 other => other?,
             };
             let file = file_id(attr.file)?;
-            // Never a directory's: those are taken in the order of their ids.
-            let _lock = if is_regular(&attr) { Some(self.exclusive(file).await) } else { None };
-            if last_name(&attr) && self.in_use(file) {
+            let (_lock, last) = self.last_name(file, &attr).await?;
+            if last && self.in_use(file) {
                 self.fs.orphan_in(parent, name, file)?;
                 self.orphaned(file);
             } else {
                 self.fs.unlink(parent, name)?;
-                self.died(file, &attr);
+                self.died(file, last);
             }
             file
         };
@@ -97,13 +97,10 @@ impl Coordinator {
         to: (FileId, &[u8]),
     ) -> Result<(), Fail> {
         let file = file_id(target.file)?;
-        if !last_name(target) {
-            return Ok(self.fs.rename(from.0, from.1, to.0, to.1, 0)?);
-        }
-        let _lock = self.exclusive(file).await;
-        if !self.in_use(file) {
+        let (_lock, last) = self.last_name(file, target).await?;
+        if !last || !self.in_use(file) {
             self.fs.rename(from.0, from.1, to.0, to.1, 0)?;
-            self.died(file, target);
+            self.died(file, last);
             return Ok(());
         }
         let kept_before = self.fs.is_orphan(file);
@@ -118,9 +115,22 @@ impl Coordinator {
         Ok(())
     }
 
+    /// Is the name by which `file` was found its last one? True of regular files only. The link count is read again
+    /// under the file's lock, which is handed over: two names in two directories can be on their way out at once, and
+    /// one of them is the last.
+    async fn last_name(&self, file: FileId, found: &Attr) -> Result<(Option<Exclusive>, bool), Fail> {
+        // Never a directory's lock: those are taken in the order of their ids.
+        if !is_regular(found) {
+            return Ok((None, false));
+        }
+        let lock = self.exclusive(file).await;
+        let last = self.fs.attr(file)?.nlink <= 1;
+        Ok((Some(lock), last))
+    }
+
     /// A name of a file that nobody needed is gone; with the last one its descriptors here must go too.
-    fn died(&self, file: FileId, attr: &Attr) {
-        if last_name(attr) {
+    fn died(&self, file: FileId, last: bool) {
+        if last {
             self.fs.forget(file);
         }
     }
@@ -128,10 +138,6 @@ impl Coordinator {
 
 fn is_regular(attr: &Attr) -> bool {
     attr.mode & S_IFMT == S_IFREG
-}
-
-fn last_name(attr: &Attr) -> bool {
-    is_regular(attr) && attr.nlink <= 1
 }
 
 /// What a rename does to the file that it moves or replaces. A directory's `..` is a name in it.

@@ -2,9 +2,10 @@
 
 use super::rig::*;
 use csv_proto::{
-    Access, Call, Close, Create, GetAttr, MkDir, Open, ReadDir, Rename, SetAttr, call::Op, reply,
+    Access, Call, Close, Create, GetAttr, Link, MkDir, Open, ReadDir, Rename, SetAttr, call::Op, reply,
 };
 use csv_types::FileId;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -43,14 +44,6 @@ fn an_open_file_lives_without_its_name() {
     });
 }
 
-fn wait_until(done: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + WAIT;
-    while !done() {
-        assert!(std::time::Instant::now() < deadline);
-        std::thread::yield_now();
-    }
-}
-
 #[test]
 fn a_replaced_open_file_lives_on() {
     on_each_fs(|rig| {
@@ -65,6 +58,36 @@ fn a_replaced_open_file_lives_on() {
         b.ok(Op::Close(Close { handle: 1, file: Some(old.into()) }));
         wait_until(|| rig.co().fs().orphans().is_empty());
     });
+}
+
+/// Two calls that have each found one of the two names of an open file when the first of them takes it away.
+fn two_names_go_at_once(rig: &Rig, take: impl Fn(&Node) -> Op) {
+    let (a, b) = (rig.node(N1), rig.node(N2));
+    let file = b.create("f", 1);
+    b.write(file, 0, b"kept".to_vec());
+    a.create("other", 1);
+    let dir = id(&attr(&a.ok(Op::Mkdir(MkDir { parent: a.root(), name: "d".into(), mode: 0o755 }))));
+    let link = Link { file: Some(file.into()), new_parent: Some(dir.into()), new_name: "g".into() };
+    a.ok(Op::Link(link));
+    let lock = rig.lock_of(file);
+    let held = Arc::clone(&lock).try_write_owned().unwrap();
+    let idle = Arc::strong_count(&lock);
+    let first = a.start(take(&a));
+    let unlink = csv_proto::Unlink { parent: Some(dir.into()), name: "g".into() };
+    let second = b.start(Op::Unlink(unlink));
+    wait_until(|| Arc::strong_count(&lock) == idle + 2);
+    drop((held, lock));
+    assert_eq!((a.finish(first).errno, b.finish(second).errno), (0, 0));
+    assert_eq!(rig.co().fs().orphans(), [file]);
+    assert_eq!(b.read(file, 0, 10), b"kept");
+    b.ok(Op::Close(Close { handle: 1, file: Some(file.into()) }));
+    wait_until(|| rig.co().fs().orphans().is_empty());
+}
+
+#[test]
+fn an_open_file_that_loses_two_names_at_once_lives_on() {
+    on_each_fs(|rig| two_names_go_at_once(rig, |node| node.unlink("f")));
+    on_each_fs(|rig| two_names_go_at_once(rig, |node| rename(node, "other", "f")));
 }
 
 #[test]

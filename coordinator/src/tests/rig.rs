@@ -3,7 +3,7 @@
 pub(crate) use super::node::*;
 
 use crate::{Coordinator, FsKind, Limits, Options, StartError};
-use csv_types::{Epoch, NodeId};
+use csv_types::{Epoch, FileId, NodeId};
 use parking_lot::{Condvar, Mutex};
 use std::fs::File;
 use std::io::Write;
@@ -13,6 +13,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+use tokio::sync::RwLock;
 
 pub(crate) const WAIT: Duration = Duration::from_secs(20);
 pub(crate) const N1: NodeId = NodeId(1);
@@ -53,6 +54,14 @@ pub(crate) fn on(kind: FsKind, test: impl Fn(&mut Rig)) {
     let mut rig = Rig::new(kind);
     rig.start();
     test(&mut rig);
+}
+
+pub(crate) fn wait_until(done: impl Fn() -> bool) {
+    let deadline = Instant::now() + WAIT;
+    while !done() {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
 }
 
 fn run(program: &str, args: &[&str]) -> String {
@@ -132,6 +141,11 @@ impl Rig {
 
     pub(crate) fn co(&self) -> &Arc<Coordinator> {
         self.coordinator.as_ref().unwrap()
+    }
+
+    /// A file's lock. Each task that holds it or waits for it has one more reference to it.
+    pub(crate) fn lock_of(&self, file: FileId) -> Arc<RwLock<()>> {
+        Arc::clone(&self.co().core.lock().file(file).lock)
     }
 
     pub(crate) fn node(&self, node: NodeId) -> Arc<Node> {
