@@ -127,19 +127,21 @@ impl Coordinator {
         Ok(())
     }
 
-    /// As `flush`, with the file's lock held.
+    /// As `flush`, with the file's lock held. What is written stays noted until it is in the file system, so that
+    /// nobody else takes the file for up to date meanwhile; after an error it is there for the next one who looks, who
+    /// gets the error too if it stays.
     pub(crate) fn flush_locked(&self, _lock: &Exclusive, file: FileId) -> Result<(), Errno> {
-        let pending = match self.core.lock().files.get_mut(&file) {
-            Some(state) => std::mem::take(&mut state.pending),
-            None => return Ok(()),
+        let Some(pending) = self.core.lock().files.get(&file).map(|state| state.pending) else {
+            return Ok(());
         };
         let flushed = self.write_pending(file, pending);
-        if flushed.is_err_and(|errno| errno != Errno::STALE) {
-            // Kept for the next one who looks, who gets the error too if it stays.
-            let state = &mut *self.core.lock();
-            let state = state.file(file);
-            state.pending.size = state.pending.size.max(pending.size);
-            state.pending.mtime = state.pending.mtime.or(pending.mtime);
+        if flushed.is_ok() || flushed == Err(Errno::STALE) {
+            let core = &mut *self.core.lock();
+            if let Some(state) = core.files.get_mut(&file) {
+                // Newer word may have come.
+                state.pending.size = state.pending.size.filter(|_| state.pending.size != pending.size);
+                state.pending.mtime = state.pending.mtime.filter(|_| state.pending.mtime != pending.mtime);
+            }
         }
         flushed
     }

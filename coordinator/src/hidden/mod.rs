@@ -119,6 +119,12 @@ impl HiddenFs {
     }
 
     /// Anything, as a path: no permission needed, no side effect, symbolic links themselves.
+    /// Path of the mount's root for a program that acts on the whole file system.
+    #[cfg(test)]
+    pub(crate) fn root_path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), std::os::fd::AsRawFd::as_raw_fd(&self.root_dir))
+    }
+
     fn open_path(&self, file: FileId) -> Result<OwnedFd> {
         self.open_handle(file, OFlags::PATH | OFlags::NOFOLLOW)
     }

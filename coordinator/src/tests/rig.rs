@@ -178,6 +178,13 @@ impl Rig {
         }
     }
 
+    /// Whatever changes the file system waits until the result is dropped.
+    pub(crate) fn freeze(&self) -> Frozen {
+        let path = self.co().fs().root_path();
+        run("fsfreeze", &["--freeze", &path]);
+        Frozen(path)
+    }
+
     /// Waits for an event of this kind.
     pub(crate) fn event(&self, kind: &str) -> String {
         let deadline = Instant::now() + WAIT;
@@ -199,6 +206,14 @@ impl Rig {
         let mut data = vec![0; len];
         self.lun.read_exact_at(&mut data, offset).unwrap();
         data
+    }
+}
+
+pub(crate) struct Frozen(String);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        run("fsfreeze", &["--unfreeze", &self.0]);
     }
 }
 
