@@ -111,7 +111,10 @@ impl Coordinator {
                 self.granted(core, request, node, file, range, access, seq);
             }
             Effect::GetEnded { request } => {
-                core.gets.remove(&request);
+                // One that was mapped already is removed by `grant`, which so learns that it was not granted.
+                if core.gets.get(&request).is_some_and(|get| get.plan.is_none()) {
+                    core.gets.remove(&request);
+                }
             }
             Effect::Held { request } => {
                 if let Some(held) = core.guards.remove(&request) {
@@ -212,7 +215,7 @@ impl Coordinator {
     /// Puts a get in and waits until it may be mapped.
     ///
     /// # Errors
-    /// EINTR when it was cancelled, EAGAIN when the table did not take it or the node is being fenced.
+    /// EINTR when it was cancelled, ESTALE when its session is over, EAGAIN when the table did not take it or the node is being fenced.
     pub(crate) async fn get(
         &self,
         call: CallRef,
@@ -224,6 +227,10 @@ impl Coordinator {
             let core = &mut *self.core.lock();
             if core.stopped {
                 return Err(Errno::SHUTDOWN);
+            }
+            if core.session(call.node, call.session).is_none() {
+                // A get after the session's end would be ended by nobody.
+                return Err(Errno::STALE);
             }
             let request = RequestId(core.number());
             if !core.waits_for(call, Waits::Get(request)) {

@@ -1,7 +1,10 @@
 //! What is lent, taken back, extended and settled.
 
 use super::rig::*;
-use csv_proto::{Access, AdminOrder, Fallocate, LayoutCommit, Seek, call::Op, reply};
+use csv_proto::{
+    Access, AdminOrder, Cancel, Fallocate, GetAttr, LayoutCommit, Seek, call::Op, client_message, reply,
+};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 const BLOCK: u64 = 4096;
@@ -270,5 +273,42 @@ fn a_full_volume_says_so_and_keeps_the_size() {
         assert_eq!(a.size(file), 0);
         let grant = a.extend(file, 0, 4096);
         assert!(grant.alloc_end >= 4096);
+    });
+}
+
+#[test]
+fn nobody_goes_past_a_size_that_is_being_written_down() {
+    on_each_fs(|rig| {
+        let (a, b) = (rig.node(N1), rig.node(N2));
+        let file = b.create("grow", 1);
+        b.extend(file, 0, BLOCK);
+        let lock = rig.lock_of(file);
+        let idle = Arc::strong_count(&lock);
+        let frozen = rig.freeze();
+        let size = Some(77);
+        let commit =
+            b.start(Op::LayoutCommit(LayoutCommit { file: Some(file.into()), size, ..Default::default() }));
+        wait_until(|| lock.try_read().is_err());
+        let get = a.start(Op::Getattr(GetAttr { file: Some(file.into()) }));
+        wait_until(|| a.answered(get) || Arc::strong_count(&lock) >= idle + 2);
+        drop(frozen);
+        assert_eq!(attr(&a.finish(get)).size, 77);
+        assert_eq!(b.finish(commit).errno, 0);
+    });
+}
+
+#[test]
+fn a_get_that_is_cancelled_while_it_is_mapped_is_answered() {
+    on(crate::FsKind::Ext4, |rig| {
+        let a = rig.node(N1);
+        let file = a.create("f", 1);
+        a.write(file, 0, vec![1; 8192]);
+        let lock = rig.lock_of(file).try_write_owned().unwrap();
+        let get = a.start(a.get(file, 0, 8192, Access::Read));
+        wait_until(|| rig.co().core.lock().file(file).mapping == 1);
+        a.send(client_message::Body::Cancel(Cancel { call_id: get }));
+        drop(lock);
+        assert_eq!(a.finish(get).errno, libc::EINTR);
+        assert!(!rig.co().core.lock().table.is_busy(file));
     });
 }
