@@ -2,10 +2,11 @@
 //! Repeat a failure with the printed CSV_SEED.
 
 use csv_tests::driver::Driver;
-use csv_tests::lab::{Lab, MOUNT};
+use csv_tests::lab::{Lab, MODE_DEADLINE, MOUNT};
 use csv_tests::model::Model;
 use csv_tests::node_agent::NodeAgent;
 use csv_tests::rng::{self, Rng};
+use csv_tests::wait;
 use std::cell::Cell;
 
 /// About every so many operations something happens to a node's way to its data.
@@ -23,8 +24,14 @@ fn agents(lab: &Lab, dir: &str) -> anyhow::Result<Vec<NodeAgent>> {
 /// What can happen to a node without its applications noticing.
 fn disturb(lab: &Lab, rng: &mut Rng) -> anyhow::Result<&'static str> {
     match rng.below(7) {
-        0 | 1 => lab.lab("fail-path", &["n1"]).map(|_| "path of n1 fails"),
-        2 | 3 => lab.lab("heal-path", &["n1"]).map(|_| "path of n1 heals"),
+        0 => lab.lab("fail-path", &["n1"]).map(|_| "path of n1 fails"),
+        1..4 => {
+            lab.lab("heal-path", &["n1"])?;
+            // The probe takes seconds, in which thousands of operations would go the other way.
+            wait::until("n1 to have its path back", MODE_DEADLINE, || {
+                Ok((lab.state("n1")?.mode != "block-redirected").then_some("path of n1 heals"))
+            })
+        }
         4 => lab.redirect("n1", true).map(|()| "n1 redirected"),
         5 => lab.redirect("n1", false).map(|()| "n1 not redirected"),
         _ => {
