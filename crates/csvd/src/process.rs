@@ -40,6 +40,9 @@ impl Process {
             .arg(program)
             .args(args)
             .stdin(Stdio::null())
+            // glibc raises its threshold for mapping to the size of the largest block ever freed; from then on each
+            // thread's 16 MiB FUSE buffer would be heap memory, touched and kept.
+            .env("MALLOC_MMAP_THRESHOLD_", "1048576")
             .spawn()
             .with_context(|| format!("cannot run setsid {}", program.display()))?;
         let pid = Pid::from_child(&child);

@@ -6,9 +6,9 @@
 //! number, and this table replaces its entry. The count of the kernel's references (`nlookup`) goes on over both;
 //! at zero the inode is forgotten and what is held of its layout goes back.
 
-use csv_layout::cache::{LayoutCache, Outcome, Segment};
+use csv_layout::cache::LayoutCache;
 use csv_proto as proto;
-use csv_types::{ByteRange, Epoch, FileId};
+use csv_types::{Epoch, FileId};
 use parking_lot::{Mutex, RwLock};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -40,9 +40,6 @@ pub(crate) struct FileIo {
     pub(crate) cache: LayoutCache,
     /// Size in the newest attributes or grant; a hint unless the end-of-file right is held.
     pub(crate) known_size: u64,
-    /// Size in the newest grant. An exclusive grant of the last block reaches to the end of the block, not of the
-    /// file; whoever moves the end takes that block first, so this is exact while it is held.
-    pub(crate) granted_size: u64,
     /// When this node last wrote under a grant, if the coordinator was not told yet.
     pub(crate) wrote_at: Option<proto::Time>,
     /// Bytes written by small writes through the coordinator since the last grant.
@@ -63,22 +60,6 @@ pub(crate) struct FileIo {
     pub(crate) device_dirty: bool,
     /// Handles open on this node.
     pub(crate) opens: u32,
-}
-
-impl FileIo {
-    /// Begins a read under a grant, unless it would pass the end of the file.
-    pub(crate) fn begin_read(&mut self, range: ByteRange, out: &mut Vec<Segment>) -> Outcome {
-        if self.passes_end(range) { Outcome::Miss } else { self.cache.begin_read(range, out) }
-    }
-
-    /// Begins a write under a grant, unless it would move the end of the file without the right to do so.
-    pub(crate) fn begin_write(&mut self, range: ByteRange, block: u64, out: &mut Vec<Segment>) -> Outcome {
-        if self.passes_end(range) { Outcome::Miss } else { self.cache.begin_write(range, block, out) }
-    }
-
-    fn passes_end(&self, range: ByteRange) -> bool {
-        range.end > self.granted_size && self.cache.eof().is_none()
-    }
 }
 
 #[derive(Debug, Default)]
@@ -178,6 +159,8 @@ impl Inode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use csv_layout::cache::Outcome;
+    use csv_types::ByteRange;
 
     #[test]
     fn counts_decide_and_a_reused_number_is_another_file() {
@@ -212,15 +195,15 @@ mod tests {
         };
         io.take_grant(&grant);
         let mut segments = Vec::new();
-        let inside = io.begin_write(ByteRange::new(500, 1000), 512, &mut segments);
+        let inside = io.cache.begin_write(ByteRange::new(500, 1000), 512, &mut segments);
         assert!(matches!(inside, Outcome::HitRmw(_)), "{inside:?}");
         for (start, end) in [(900, 1001), (512, 1024), (4000, 4096)] {
-            assert_eq!(io.begin_write(ByteRange::new(start, end), 512, &mut segments), Outcome::Miss);
-            assert_eq!(io.begin_read(ByteRange::new(start, end), &mut segments), Outcome::Miss);
+            assert_eq!(io.cache.begin_write(ByteRange::new(start, end), 512, &mut segments), Outcome::Miss);
+            assert_eq!(io.cache.begin_read(ByteRange::new(start, end), &mut segments), Outcome::Miss);
         }
         let eof = proto::LayoutGrant { seq: 2, end: u64::MAX, eof: true, alloc_end: 4096, ..grant };
         io.take_grant(&eof);
-        let outcome = io.begin_write(ByteRange::new(1024, 1536), 512, &mut segments);
+        let outcome = io.cache.begin_write(ByteRange::new(1024, 1536), 512, &mut segments);
         assert!(matches!(outcome, Outcome::Hit(_)), "{outcome:?}");
     }
 

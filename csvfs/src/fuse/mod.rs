@@ -25,7 +25,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 /// Threads in which fuser's requests may wait for the coordinator.
-const META_THREADS: usize = 128;
+const META_THREADS: usize = 64;
 /// Room for requests that wait for one of those threads, in bytes.
 const QUEUE_BYTES: usize = 8 << 20;
 

@@ -295,7 +295,7 @@ impl Pump {
         let block = u64::from(self.direct_lun()?.logical_block_bytes());
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
-        let outcome = inode.io.lock().begin_read(range, &mut self.segments);
+        let outcome = inode.io.lock().cache.begin_read(range, &mut self.segments);
         let token = match outcome {
             Outcome::Hit(token) => token,
             Outcome::HitRmw(token) => {
@@ -376,7 +376,7 @@ impl Pump {
         if !range.start.is_multiple_of(block) || !range.end.is_multiple_of(block) {
             return None;
         }
-        let outcome = inode.io.lock().begin_write(range, block, &mut self.segments);
+        let outcome = inode.io.lock().cache.begin_write(range, block, &mut self.segments);
         let token = match outcome {
             Outcome::Hit(token) => token,
             Outcome::HitRmw(token) => {

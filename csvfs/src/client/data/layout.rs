@@ -105,7 +105,6 @@ impl FileIo {
         }
         self.cache.granted(grant.seq, grant.range(), access_of(grant.access), &extents, eof);
         self.known_size = grant.size;
-        self.granted_size = grant.size;
         self.small_written = 0;
         self.small_reads = 0;
     }

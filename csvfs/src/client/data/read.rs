@@ -71,7 +71,7 @@ impl VolumeClient {
                 drop(io);
                 return self.read_through_fs(caller, inode, offset, len).map(Step::Done);
             }
-            if self.lease_alive() { io.begin_read(range, &mut segments) } else { Outcome::Miss }
+            if self.lease_alive() { io.cache.begin_read(range, &mut segments) } else { Outcome::Miss }
         };
         match outcome {
             Outcome::Hit(token) => self.read_held(inode, token, range, &segments),

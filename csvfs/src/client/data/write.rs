@@ -81,7 +81,7 @@ impl VolumeClient {
             };
             let range = ByteRange::at(offset, len);
             let outcome = match alive {
-                true => io.begin_write(range, self.lun_block(), &mut segments),
+                true => io.cache.begin_write(range, self.lun_block(), &mut segments),
                 false => Outcome::Miss,
             };
             (range, outcome)
