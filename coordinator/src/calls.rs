@@ -2,6 +2,7 @@
 //! with EIO; one whose session is over is not answered at all.
 
 use crate::coordinator::Coordinator;
+use crate::dispatch::reclaims;
 use crate::hidden::MapError;
 use crate::leases::{self, Note};
 use crate::options::SessionRef;
@@ -195,6 +196,9 @@ impl Coordinator {
             // In order with returns; the call only writes it down.
             self.note_commit(core, at.node, file, commit.size, commit.mtime);
         }
+        if call.op.as_ref().is_some_and(reclaims) {
+            self.reclaims(core, at.node);
+        }
         let started = Call {
             at,
             cred: call.cred.unwrap_or_default(),
@@ -208,10 +212,14 @@ impl Coordinator {
 
     async fn run(&self, mut call: Call, op: Option<call::Op>) {
         let keep = op.as_ref().is_some_and(changes_something);
+        let reclaims = op.as_ref().is_some_and(reclaims);
         let result = match op {
             Some(op) => self.perform(&call, op).await,
             None => Err(Fail::new(Errno::NOSYS, "unknown operation; install the same release on all nodes")),
         };
+        if reclaims {
+            self.reclaims(&mut self.core.lock(), call.at.node);
+        }
         let answer = match result {
             Ok(Done::Sent) => {
                 call.answered = true;

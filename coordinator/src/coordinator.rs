@@ -65,7 +65,7 @@ impl std::fmt::Debug for Coordinator {
 
 impl Coordinator {
     /// Mounts the file system and starts serving. When nodes had sessions at the former coordinator, the first
-    /// `lease_ms` and a margin are a grace period for them.
+    /// `lease_ms` and a margin are a grace period for them, and more if they need it.
     ///
     /// # Errors
     /// See [`StartError`].

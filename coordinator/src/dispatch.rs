@@ -56,6 +56,16 @@ fn when(op: &Op) -> When {
     }
 }
 
+/// Does it take back what its node had at the former coordinator?
+pub(crate) fn reclaims(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::LayoutReclaim(_)
+            | Op::Open(csv_proto::Open { reclaim: true, .. })
+            | Op::Setlk(csv_proto::SetLock { reclaim: true, .. })
+    )
+}
+
 impl Coordinator {
     /// Does one operation.
     pub(crate) async fn perform(&self, call: &Call, op: Op) -> Result<Done, Fail> {

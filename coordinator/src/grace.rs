@@ -3,18 +3,24 @@
 //! `/.csvfs/sessions` lists the nodes, one number a line. It is written, and durable, before a node is welcomed. A
 //! crash between leaves a node too many in it, which costs the next coordinator the rest of a grace period.
 //! During grace nothing is changed, lent or freed except by reclaims.
+//!
+//! Grace ends when every node has reclaimed, or when the lease of those who have not come back is over. A node that has
+//! come back and is still reclaiming then is waited for, as long as it goes on and a few leases at most; else it is
+//! given up, and grace ends after its session has ended: what it has not reclaimed may have blocks in flight.
 
 use crate::coordinator::Coordinator;
 use crate::state::{Core, Grace};
 use csv_types::{FileId, NodeId};
 use rustix::io::Errno;
-use std::collections::BTreeSet;
-use std::time::Instant;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
 const NAME: &[u8] = b"sessions";
 const NEW_NAME: &[u8] = b"sessions.new";
 /// More than all node numbers of a cluster need.
 const LIST_BYTES_MAX: u32 = 64 << 10;
+/// Nodes that go on reclaiming put the end of grace off by no more than this many leases.
+const MORE_LEASES_MAX: u32 = 4;
 
 /// The list as it is on the volume.
 #[derive(Debug, Default)]
@@ -41,25 +47,78 @@ impl Coordinator {
         let names: Vec<String> = nodes.iter().map(|node| self.name(*node)).collect();
         self.event("grace-begin", format!("waiting for {} to reclaim what they hold", names.join(", ")));
         let until = Instant::now() + self.lease_over();
-        core.grace = Some(Grace { until, members: nodes.clone(), waiting: nodes });
+        core.grace = Some(Grace {
+            until,
+            until_max: until + MORE_LEASES_MAX * self.lease_over(),
+            members: nodes.clone(),
+            waiting: nodes,
+            ending: BTreeMap::new(),
+            progress: BTreeMap::new(),
+        });
         self.grace.send_replace(true);
         Ok(())
     }
 
-    /// A node has reclaimed everything.
+    /// A node has reclaimed everything. Of one that is being fenced nobody knows: its session has to end.
     pub(crate) fn reclaim_done(&self, core: &mut Core, node: NodeId) {
-        if let Some(grace) = core.grace.as_mut() {
+        let doomed = core.sessions.get(&node).is_none_or(|session| session.doomed);
+        if let Some(grace) = core.grace.as_mut().filter(|_| !doomed) {
             grace.waiting.remove(&node);
-            if grace.waiting.is_empty() {
+            if grace.waiting.is_empty() && grace.ending.is_empty() {
                 self.end_grace(core, "every node has reclaimed what it held");
             }
         }
     }
 
+    /// A node sent a reclaim, or one of its reclaims is done.
+    pub(crate) fn reclaims(&self, core: &mut Core, node: NodeId) {
+        if let Some(grace) = core.grace.as_mut()
+            && let Some(session) = core.sessions.get(&node)
+        {
+            grace.progress.insert(node, (session.connection, Instant::now()));
+        }
+    }
+
     pub(crate) fn grace_tick(&self, core: &mut Core) {
-        if core.grace.as_ref().is_some_and(|grace| Instant::now() >= grace.until) {
+        let now = Instant::now();
+        for node in self.given_up(core, now) {
+            if let Some(session) = core.sessions.get(&node).map(|session| session.id)
+                && let Some(grace) = core.grace.as_mut()
+            {
+                grace.waiting.remove(&node);
+                grace.members.remove(&node);
+                grace.ending.insert(node, session);
+            }
+            self.give_up_locked(core, node, "it did not finish to reclaim what it held before");
+        }
+        let Some(grace) = core.grace.as_mut() else { return };
+        let sessions = &core.sessions;
+        grace.ending.retain(|node, id| sessions.get(node).is_some_and(|session| session.id == *id));
+        let back = grace.waiting.iter().any(|node| sessions.contains_key(node));
+        if grace.ending.is_empty() && (grace.waiting.is_empty() || now >= grace.until && !back) {
             self.end_grace(core, "its time is over");
         }
+    }
+
+    /// Nodes that have come back and are not waited for any longer: those that are being fenced, and, when time is over,
+    /// those that have stopped to reclaim.
+    fn given_up(&self, core: &mut Core, now: Instant) -> Vec<NodeId> {
+        let silence = Duration::from_millis(self.options.lease_ms / 4);
+        let Some(grace) = core.grace.as_mut() else { return Vec::new() };
+        let mut given_up = Vec::new();
+        for node in &grace.waiting {
+            let Some(session) = core.sessions.get(node) else { continue };
+            let progress = grace.progress.entry(*node).or_insert((session.connection, now));
+            if progress.0 != session.connection {
+                // It begins again.
+                *progress = (session.connection, now);
+            }
+            let stopped = now.duration_since(progress.1) >= silence || now >= grace.until_max;
+            if session.doomed || (now >= grace.until && stopped) {
+                given_up.push(*node);
+            }
+        }
+        given_up
     }
 
     fn end_grace(&self, core: &mut Core, why: &str) {
@@ -86,7 +145,7 @@ impl Coordinator {
         }
     }
 
-    /// Waits until grace is over; it is bounded by the lease.
+    /// Waits until grace is over; it is bounded by a few leases.
     pub(crate) async fn grace_over(&self) {
         let mut grace = self.grace.subscribe();
         // An error would mean that the coordinator is gone, and this with it.

@@ -4,7 +4,7 @@ use crate::calls::{Answer, Call, Done, Fail};
 use crate::coordinator::Coordinator;
 use crate::layouts::access_of;
 use crate::leases::{Change, Note, Subject};
-use crate::state::Eof;
+use crate::state::{Core, Eof};
 use csv_layout::table::Input;
 use csv_proto::{
     Attr, GetAttr, LayoutCommit, LayoutGrant, LayoutReclaim, RemoveXattr, SetAttr, SetXattr, reply,
@@ -106,11 +106,7 @@ impl Coordinator {
     /// long as nobody contradicts.
     pub(crate) fn layout_reclaim(&self, call: &Call, reclaim: LayoutReclaim) -> Result<Done, Fail> {
         let file = csv_proto::file_id(reclaim.file)?;
-        let node = call.at.node;
-        let in_grace = self.core.lock().grace.as_ref().is_some_and(|grace| grace.members.contains(&node));
-        if !in_grace {
-            return Err(Fail::new(Errno::STALE, "the grace period is over; what was held is gone"));
-        }
+        may_reclaim(&mut self.core.lock(), call)?;
         self.fs.attr(file)?;
         for grant in reclaim.grants {
             self.reclaim_grant(call, file, &grant)?;
@@ -126,6 +122,8 @@ impl Coordinator {
         // Not from the message: the block service is to trust nobody but the file system.
         let extents = self.fs.map(file, range.intersect(&ByteRange::new(0, known)))?;
         let core = &mut *self.core.lock();
+        // Once more: grace may have ended, or the session, while the file was looked at.
+        may_reclaim(core, call)?;
         self.step(core, Input::Reclaim { node, file, range, access, seq: grant.seq });
         if !core.table.holds(node, file, range, access) {
             return Err(Fail::new(Errno::STALE, "another node holds a part of this; everything is revoked"));
@@ -142,4 +140,14 @@ impl Coordinator {
         }
         Ok(())
     }
+}
+
+fn may_reclaim(core: &mut Core, call: &Call) -> Result<(), Fail> {
+    let node = call.at.node;
+    if core.grace.as_ref().is_some_and(|grace| grace.members.contains(&node))
+        && core.session(node, call.at.session).is_some()
+    {
+        return Ok(());
+    }
+    Err(Fail::new(Errno::STALE, "the grace period is over; what was held is gone"))
 }

@@ -148,9 +148,18 @@ pub(crate) struct PendingGet {
 /// Nodes that held something when the former coordinator ended.
 #[derive(Debug)]
 pub(crate) struct Grace {
+    /// From then on only nodes that are reclaiming are waited for.
     pub(crate) until: Instant,
+    /// And no longer than this.
+    pub(crate) until_max: Instant,
+    /// Those who may reclaim.
     pub(crate) members: BTreeSet<NodeId>,
+    /// Those who have not reclaimed everything.
     pub(crate) waiting: BTreeSet<NodeId>,
+    /// Given up while they reclaimed, with the session that has to end before anything of theirs is free.
+    pub(crate) ending: BTreeMap<NodeId, u64>,
+    /// When a node in `waiting` was last seen to reclaim, and over which connection.
+    pub(crate) progress: BTreeMap<NodeId, (u64, Instant)>,
 }
 
 /// All of it.

@@ -1,5 +1,6 @@
 //! The coordinator against nodes in this process, on real file systems on loop devices.
 
+mod grace;
 mod grants;
 mod names;
 mod node;
