@@ -14,7 +14,7 @@ use csv_coordinator::Coordinator;
 use csv_lun::Lun;
 use csv_proto as proto;
 use csv_types::{ByteRange, FileId, LunOffset};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use proto::call::Op;
 use proto::reply::Body;
 use rustix::io::Errno;
@@ -54,6 +54,43 @@ struct Owner {
     coordinator: Arc<Coordinator>,
     client: Arc<VolumeClient>,
     lun: Arc<Lun>,
+    writing: Writing,
+}
+
+/// Block writes under way. A write waits for those that it overlaps: a node repeats a write whose outcome it does
+/// not know, and the first try must not come to the LUN after the second and whatever followed it.
+#[derive(Debug, Default)]
+struct Writing {
+    ranges: Mutex<Vec<ByteRange>>,
+    changed: Condvar,
+}
+
+/// Ends with the write.
+struct Turn<'a> {
+    writing: &'a Writing,
+    range: ByteRange,
+}
+
+impl Writing {
+    /// Waits for as long as the LUN needs for the writes before.
+    fn turn(&self, range: ByteRange) -> Turn<'_> {
+        let mut ranges = self.ranges.lock();
+        while ranges.iter().any(|other| other.overlaps(&range)) {
+            self.changed.wait(&mut ranges);
+        }
+        ranges.push(range);
+        Turn { writing: self, range }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut ranges = self.writing.ranges.lock();
+        if let Some(at) = ranges.iter().position(|range| *range == self.range) {
+            ranges.swap_remove(at);
+        }
+        self.writing.changed.notify_all();
+    }
 }
 
 impl std::fmt::Debug for Owner {
@@ -77,7 +114,8 @@ impl Hidden {
     }
 
     pub(crate) fn new(coordinator: Arc<Coordinator>, client: Arc<VolumeClient>, lun: Arc<Lun>) -> Hidden {
-        Hidden { owner: Some(Owner { coordinator, client, lun }), entries: Mutex::default() }
+        let owner = Owner { coordinator, client, lun, writing: Writing::default() };
+        Hidden { owner: Some(owner), entries: Mutex::default() }
     }
 
     /// Is this the number of a hidden inode?
@@ -195,6 +233,8 @@ impl Owner {
     }
 
     fn write_block(&self, token: &str, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        // Before the check: a write that had to wait may have lost its right meanwhile.
+        let _turn = self.writing.turn(ByteRange::at(offset, data.len() as u64));
         let _guard = self.coordinator.block_begin(token, offset, data.len() as u64, true)?;
         let mut buf = self.client.bufs.get(data.len());
         buf[..data.len()].copy_from_slice(data);
@@ -257,6 +297,27 @@ mod tests {
         for bad in [&b"file-abc-12"[..], b"file-abc-12-7-8", b"file-abc-x-7", b"other", b"\xff"] {
             assert_eq!(parse(bad), None);
         }
+    }
+
+    #[test]
+    fn a_repeated_write_waits_for_its_first_try() {
+        let writing = Writing::default();
+        let first = writing.turn(ByteRange::new(0, 8192));
+        let _elsewhere = writing.turn(ByteRange::new(8192, 12288));
+        let order = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let _second = writing.turn(ByteRange::new(4096, 8192));
+                order.lock().push("second");
+            });
+            // Time for the second to overtake, if it could.
+            for _ in 0..1000 {
+                std::thread::yield_now();
+            }
+            order.lock().push("first");
+            drop(first);
+        });
+        assert_eq!(*order.lock(), ["first", "second"]);
     }
 
     #[test]
