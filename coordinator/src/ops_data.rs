@@ -7,7 +7,7 @@
 use crate::calls::{Answer, Call, Done, Fail};
 use crate::coordinator::Coordinator;
 use crate::dispatch::count;
-use crate::layouts::{Exclusive, Guard};
+use crate::layouts::{Exclusive, Guard, Shared};
 use crate::leases::{Change, Subject};
 use csv_proto::{CopyRange, Data, Fallocate, Fsync, Read, Seek, SetAttr, Write, file_id, reply};
 use csv_types::{ByteRange, FileId};
@@ -34,10 +34,13 @@ enum Span {
 /// A span that is the coordinator's own, with the file's lock.
 struct Own {
     size: u64,
-    // Fields are dropped in this order: first the lock, then the guard.
-    _lock: Exclusive,
-    _guard: Guard,
+    // Fields are dropped in this order: first the locks, then the guards.
+    _locks: (Option<Shared>, Exclusive, Option<Shared>),
+    _guards: (Option<Guard>, Guard, Option<Guard>),
 }
+
+/// Bytes of another file that are read meanwhile.
+type Source = (FileId, ByteRange);
 
 impl Coordinator {
     fn range_of(&self, span: Span, size: u64) -> ByteRange {
@@ -52,10 +55,22 @@ impl Coordinator {
 
     /// Makes a span the coordinator's own, and tells the size that then stands.
     async fn own(&self, file: FileId, span: Span) -> Result<Own, Fail> {
+        self.own_with(file, span, None).await
+    }
+
+    /// As `own`, and nobody else writes the source. Guards and then locks, both in the order of the files, so that two
+    /// copies cannot wait for each other.
+    async fn own_with(&self, file: FileId, span: Span, source: Option<Source>) -> Result<Own, Fail> {
+        let before = source.filter(|(other, _)| *other < file);
+        let behind = source.filter(|(other, _)| *other > file);
         for _ in 0..TRIES_MAX {
             let range = self.range_of(span, self.size(file).await?);
+            let guard_before = self.source_guard(before).await?;
             let guard = self.guard(file, range, None, false).await?;
+            let guards = (guard_before, guard, self.source_guard(behind).await?);
+            let lock_before = self.source_lock(before).await;
             let lock = self.exclusive(file).await;
+            let lock_behind = self.source_lock(behind).await;
             if range.end == u64::MAX {
                 self.settle_locked(&lock, file)?;
             } else {
@@ -65,10 +80,22 @@ impl Coordinator {
             // Whoever held the end may have moved it while it was recalled.
             if range.contains(&self.range_of(span, size)) {
                 self.core.lock().file(file).cache_clean = false;
-                return Ok(Own { size, _lock: lock, _guard: guard });
+                return Ok(Own { size, _locks: (lock_before, lock, lock_behind), _guards: guards });
             }
         }
         Err(Fail::new(Errno::AGAIN, "the size of the file kept changing; try again"))
+    }
+
+    async fn source_guard(&self, source: Option<Source>) -> Result<Option<Guard>, Errno> {
+        let Some((file, range)) = source else { return Ok(None) };
+        self.guard(file, range.align_out(self.align()), None, true).await.map(Some)
+    }
+
+    async fn source_lock(&self, source: Option<Source>) -> Option<Shared> {
+        match source {
+            Some((file, _)) => Some(self.shared(file).await),
+            None => None,
+        }
     }
 
     /// Cuts or extends a file. The caller tells those who may cache its attributes.
@@ -94,15 +121,22 @@ impl Coordinator {
 
     async fn read_some(&self, file: FileId, offset: u64, len: u32) -> Result<Vec<u8>, Errno> {
         let _lock = self.shared(file).await;
-        let lent = {
-            let core = &mut *self.core.lock();
-            let lent = core.table.has_grants(file) || core.file(file).mapping > 0;
-            if !lent {
-                core.file(file).cache_clean = false;
-            }
-            lent
-        };
-        if lent { self.fs.read_direct(file, offset, len) } else { self.fs.read(file, offset, len) }
+        if self.cacheable(file) {
+            self.fs.read(file, offset, len)
+        } else {
+            self.fs.read_direct(file, offset, len)
+        }
+    }
+
+    /// With the file's lock held: may it be read through the page cache? Readahead takes more than what is asked for, so
+    /// not while anything of it is lent.
+    fn cacheable(&self, file: FileId) -> bool {
+        let core = &mut *self.core.lock();
+        let lent = core.table.has_grants(file) || core.file(file).mapping > 0;
+        if !lent {
+            core.file(file).cache_clean = false;
+        }
+        !lent
     }
 
     pub(crate) async fn write(&self, call: &Call, write: Write) -> Result<Done, Fail> {
@@ -197,38 +231,22 @@ impl Coordinator {
         let from = ByteRange::at(op.src_offset, len);
         let to = ByteRange::at(op.dst_offset, len);
         let copied = {
-            // Guards in the order of the files, so that two copies cannot wait for each other.
-            let source = || self.guard(src, from.align_out(self.align()), None, true);
-            let (_first, _own, _last) = if src == dst {
+            let _own = if src == dst {
                 let hull = ByteRange::new(from.start.min(to.start), from.end.max(to.end));
-                (None, self.own(dst, Span::Bytes(hull)).await?, None)
+                self.own(dst, Span::Bytes(hull)).await?
             } else {
-                self.two_guards(src, dst, source, to).await?
+                self.own_with(dst, Span::Bytes(to), Some((src, from))).await?
             };
-            self.core.lock().file(src).cache_clean = false;
-            self.fs.copy_range(src, op.src_offset, dst, op.dst_offset, len)?
+            // It may have been cut meanwhile, and the size on disk may run ahead.
+            let len = len.min(self.fs.attr(src)?.size.saturating_sub(from.start));
+            if self.cacheable(src) {
+                self.fs.copy_range(src, from.start, dst, to.start, len)?
+            } else {
+                self.fs.copy_direct(src, from.start, dst, to.start, len)?
+            }
         };
         self.changed(call.at.node, &[Change::attr(dst)]).await;
         self.counted(call, dst, copied).await
-    }
-
-    async fn two_guards<F>(
-        &self,
-        src: FileId,
-        dst: FileId,
-        source: impl Fn() -> F,
-        to: ByteRange,
-    ) -> Result<(Option<Guard>, Own, Option<Guard>), Fail>
-    where
-        F: Future<Output = Result<Guard, Errno>>,
-    {
-        Ok(if src < dst {
-            let guard = source().await?;
-            (Some(guard), self.own(dst, Span::Bytes(to)).await?, None)
-        } else {
-            let own = self.own(dst, Span::Bytes(to)).await?;
-            (None, own, Some(source().await?))
-        })
     }
 
     pub(crate) async fn fsync(&self, op: Fsync) -> Result<Done, Fail> {

@@ -10,6 +10,8 @@ use std::os::fd::OwnedFd;
 pub(super) const DIRECT_ALIGN: usize = 4096;
 /// A read never makes a larger buffer than this.
 const READ_BYTES_MAX: usize = 64 << 20;
+/// A copy around the page cache goes in pieces of this size.
+const COPY_BYTES: u32 = 4 << 20;
 
 impl HiddenFs {
     /// Reads through the page cache; short only at the end of the file on disk.
@@ -121,6 +123,37 @@ impl HiddenFs {
                 Ok(copied) => done += copied as u64,
                 Err(Errno::INTR) => {}
                 Err(errno) if done == 0 => return Err(read_only_fd(errno)),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    }
+
+    /// As `copy_range`, but reads the source around the page cache. Holes of the source are written as zeros.
+    ///
+    /// # Errors
+    /// As pread and pwrite, when nothing was copied; EINVAL when the ranges overlap.
+    pub fn copy_direct(
+        &self,
+        src: FileId,
+        src_offset: u64,
+        dst: FileId,
+        dst_offset: u64,
+        len: u64,
+    ) -> Result<u64> {
+        if src == dst && src_offset.abs_diff(dst_offset) < len {
+            return Err(Errno::INVAL);
+        }
+        let mut done = 0;
+        while done < len {
+            let piece = u32::try_from(len - done).map_or(COPY_BYTES, |left| left.min(COPY_BYTES));
+            let copied = self
+                .read_direct(src, src_offset + done, piece)
+                .and_then(|data| self.write(dst, dst_offset + done, &data).map(|()| data.len() as u64));
+            match copied {
+                Ok(0) => break,
+                Ok(copied) => done += copied,
+                Err(errno) if done == 0 => return Err(errno),
                 Err(_) => break,
             }
         }

@@ -2,7 +2,8 @@
 
 use super::rig::*;
 use csv_proto::{
-    Access, AdminOrder, Cancel, Fallocate, GetAttr, LayoutCommit, Seek, call::Op, client_message, reply,
+    Access, AdminOrder, Cancel, Fallocate, GetAttr, LayoutCommit, Recall, Seek, call::Op, client_message,
+    reply,
 };
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -310,5 +311,46 @@ fn a_get_that_is_cancelled_while_it_is_mapped_is_answered() {
         drop(lock);
         assert_eq!(a.finish(get).errno, libc::EINTR);
         assert!(!rig.co().core.lock().table.is_busy(file));
+    });
+}
+
+#[test]
+fn a_copy_caches_nothing_that_is_lent() {
+    on_each_fs(|rig| {
+        let (a, b) = (rig.node(N1), rig.node(N2));
+        let (src, dst) = (a.create("src", 1), a.create("dst", 2));
+        a.write(src, 0, vec![1; 1 << 20]);
+        let grant = b.granted(src, 0, 1 << 20, Access::Write);
+        assert_eq!((grant.offset, grant.end), (0, 1 << 20));
+        let copy = |from, to, to_offset| {
+            let op = csv_proto::CopyRange {
+                src: Some(csv_proto::FileId::from(from)),
+                src_offset: 100,
+                dst: Some(csv_proto::FileId::from(to)),
+                dst_offset: to_offset,
+                len: 60_000,
+            };
+            let reply = a.ok(Op::CopyRange(op));
+            assert!(matches!(reply.body, Some(reply::Body::Count(c)) if c.value == 60_000), "{reply:?}");
+        };
+        copy(src, dst, 7);
+        assert_eq!(a.read(dst, 0, 100_000), [vec![0; 7], vec![1; 60_000]].concat());
+        // Inside of one file, too.
+        copy(src, src, 65_536);
+        let core = rig.co().core.lock();
+        let rest = csv_types::ByteRange::new(128 << 10, 1 << 20);
+        assert!(
+            core.table.holds(N2, src, rest, csv_layout::Access::Write),
+            "only the copied bytes came back"
+        );
+        drop(core);
+        rig.write_lun(place(&grant, 128 << 10), &[2; 64 << 10]);
+        b.give_back(&Recall {
+            file: Some(src.into()),
+            end: u64::MAX,
+            up_to_seq: grant.seq,
+            ..Recall::default()
+        });
+        assert_eq!(a.read(src, 128 << 10, 64 << 10), vec![2; 64 << 10]);
     });
 }
