@@ -15,6 +15,8 @@ fn fio_verifies_through_failing_and_healing_paths() -> anyhow::Result<()> {
     let lab = Lab::up("path")?;
     lab.wait_mode("n1", "direct")?;
     let file = format!("{MOUNT}/path.img");
+    // Laid out before: fio that is interrupted while it lays its file out tells nothing.
+    lab.sh("n1", &format!("dd if=/dev/zero of={file} bs=1M count=128 oflag=direct conv=fsync status=none"))?;
     let log = tempfile::NamedTempFile::new()?;
     let mut command = lab.command("n1");
     command
