@@ -52,14 +52,53 @@ pub(crate) struct FileIo {
     pub(crate) last_end: u64,
     /// The file cannot be lent; ask again after this.
     pub(crate) redirected_until: Option<Instant>,
-    /// Something of this file may be dirty at the coordinator only (since that epoch): fsync has to go there.
-    pub(crate) coordinator_dirty: Option<Epoch>,
+    /// What may be dirty at the coordinator only: fsync has to go there.
+    pub(crate) at_coordinator: Unsynced,
     /// Acknowledged data may be lost: the next fsync says so, once.
     pub(crate) lost: bool,
-    /// Device writes since the last flush of the LUN.
-    pub(crate) device_dirty: bool,
+    /// Device writes that no flush of the LUN has covered.
+    pub(crate) on_device: Unsynced,
     /// Handles open on this node.
     pub(crate) opens: u32,
+}
+
+/// Changes that are not durable yet. Counted, because a sync covers only what was there when it began, and a second
+/// one that begins meanwhile must not believe that the first is over.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Unsynced {
+    made: u64,
+    synced: u64,
+    since: Epoch,
+}
+
+impl Unsynced {
+    /// One more change, made under this ownership.
+    pub(crate) fn made(&mut self, epoch: Epoch) {
+        if !self.any() {
+            self.since = epoch;
+        }
+        self.made += 1;
+    }
+
+    /// Is anything not durable?
+    pub(crate) fn any(&self) -> bool {
+        self.made > self.synced
+    }
+
+    /// To be noted when a sync begins.
+    pub(crate) fn begin(&self) -> u64 {
+        self.made
+    }
+
+    /// The sync that noted this is over.
+    pub(crate) fn done(&mut self, begun: u64) {
+        self.synced = self.synced.max(begun);
+    }
+
+    /// Is something not durable that was made before this ownership?
+    pub(crate) fn older_than(&self, epoch: Epoch) -> bool {
+        self.any() && self.since < epoch
+    }
 }
 
 #[derive(Debug, Default)]
@@ -205,6 +244,20 @@ mod tests {
         io.take_grant(&eof);
         let outcome = io.cache.begin_write(ByteRange::new(1024, 1536), 512, &mut segments);
         assert!(matches!(outcome, Outcome::Hit(_)), "{outcome:?}");
+    }
+
+    #[test]
+    fn a_sync_covers_only_what_was_there_when_it_began() {
+        let mut dirty = Unsynced::default();
+        dirty.made(Epoch(1));
+        let begun = dirty.begin();
+        assert!(dirty.any(), "a second sync has to wait for its own");
+        dirty.made(Epoch(2));
+        dirty.done(begun);
+        assert!(dirty.any());
+        assert!(dirty.older_than(Epoch(2)) && !dirty.older_than(Epoch(1)));
+        dirty.done(dirty.begin());
+        assert!(!dirty.any());
     }
 
     #[test]

@@ -213,7 +213,7 @@ impl VolumeClient {
 
     /// fsync of the file has to go to the coordinator from now on.
     pub(crate) fn dirty_at_coordinator(&self, io: &mut inode::FileIo) {
-        io.coordinator_dirty.get_or_insert(self.chan.epoch());
+        io.at_coordinator.made(self.chan.epoch());
     }
 
     fn send_return(&self, file: FileId, back: &csv_layout::cache::Return, mtime: Option<proto::Time>) {

@@ -107,7 +107,7 @@ impl VolumeClient {
         io.cache.end(token, wrote, &mut returns);
         if wrote {
             io.wrote_at = Some(proto_now());
-            io.device_dirty = true;
+            io.on_device.made(csv_types::Epoch::default());
         }
         self.send_returns(inode.file, &mut io, &returns);
     }

@@ -68,9 +68,10 @@ impl VolumeClient {
     pub(crate) fn unsynced_lost(&self, epoch: Epoch) {
         for inode in self.inodes.all() {
             let mut io = inode.io.lock();
-            if io.coordinator_dirty.is_some_and(|since| since < epoch) {
+            if io.at_coordinator.older_than(epoch) {
                 io.lost = true;
-                io.coordinator_dirty = None;
+                let gone = io.at_coordinator.begin();
+                io.at_coordinator.done(gone);
             }
         }
     }
@@ -79,24 +80,22 @@ impl VolumeClient {
     /// whatever went through the coordinator, are made durable there.
     pub(crate) fn fsync(&self, caller: Caller, inode: &Arc<Inode>, datasync: bool) -> Result<(), Errno> {
         self.flush(caller, inode)?;
-        let (device_dirty, at_coordinator) = {
-            let mut io = inode.io.lock();
+        let (on_device, at_coordinator, ask_coordinator) = {
+            let io = inode.io.lock();
             let held = io.cache.covers(ByteRange::new(0, io.known_size), Access::Write);
-            let at_coordinator = !datasync || io.coordinator_dirty.is_some() || !held || !self.lease_alive();
-            (std::mem::take(&mut io.device_dirty), at_coordinator)
+            let ask = !datasync || io.at_coordinator.any() || !held || !self.lease_alive();
+            (io.on_device.any().then(|| io.on_device.begin()), io.at_coordinator.begin(), ask)
         };
-        if device_dirty && let Err(error) = self.flush_lun() {
-            inode.io.lock().device_dirty = true;
-            return Err(error);
+        if on_device.is_some() {
+            self.flush_lun()?;
         }
-        if at_coordinator || !self.modes.is_direct() {
-            let dirty = inode.io.lock().coordinator_dirty.take();
+        if ask_coordinator || !self.modes.is_direct() {
             let op = Op::Fsync(proto::Fsync { file: Some(inode.file.into()), datasync, dir: false });
-            if let Err(error) = self.chan.call(caller, op) {
-                let mut io = inode.io.lock();
-                io.coordinator_dirty = dirty.or(io.coordinator_dirty);
-                return Err(error);
-            }
+            self.chan.call(caller, op)?;
+            inode.io.lock().at_coordinator.done(at_coordinator);
+        }
+        if let Some(begun) = on_device {
+            inode.io.lock().on_device.done(begun);
         }
         Ok(())
     }
