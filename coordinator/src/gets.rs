@@ -1,7 +1,8 @@
 //! `LayoutGet`: allocating, mapping and granting.
 //!
-//! What is lent for writing is written space: holes and unwritten pieces are filled with zeros first, under a guard
-//! (so that nobody goes on reading zeros from an older map) or under the exclusive get itself. Before a grant the page
+//! What is lent for writing is written space: holes and unwritten pieces are filled with zeros first, under a guard, so
+//! that nobody goes on reading zeros from an older map. That goes for the node that asks too: its grant may turn out
+//! smaller than what was filled, and then another node may write where its map still says zeros. Before a grant the page
 //! cache of the file is proven empty. A file that changes under a get is looked at again, a bounded number of times.
 
 use crate::calls::{Answer, Call, Done, Fail};
@@ -11,7 +12,7 @@ use crate::layouts::{Exclusive, access_of};
 use crate::state::{Eof, Plan};
 use csv_layout::{Access, Extent};
 use csv_proto::{Attr, LayoutGet, Redirect, reply};
-use csv_types::{ByteRange, FileId};
+use csv_types::{ByteRange, FileId, NodeId};
 use rustix::io::Errno;
 
 /// A get looks at its file again this often when the file changed meanwhile.
@@ -107,14 +108,14 @@ impl Coordinator {
         let asked = if want.extend {
             ByteRange::new(self.block_floor(want.offset).min(self.block_floor(attr.size)), u64::MAX)
         } else {
-            let end = tail.filter(|_| mine).map_or(attr.size, |eof| eof.alloc_end.max(attr.size));
+            let end = self.end_for(want.file, node, attr.size);
             if want.offset >= end {
                 return Ok(Tried::BehindEnd(attr));
             }
             self.rounded(ByteRange::new(want.offset, want.end.min(end)), want.access, end)
         };
-        if want.access == Access::Write {
-            match self.fill(call, want, asked, attr.size).await {
+        if want.access != Access::Read && !want.extend {
+            match self.fill(node, want, asked).await {
                 Err(MapError::NotLendable(reason)) => return Ok(Tried::Redirect(reason)),
                 other => other?,
             }
@@ -134,24 +135,31 @@ impl Coordinator {
         }
     }
 
+    /// Where grants to a node end: the one with the end-of-file right may have written behind the size that is known.
+    fn end_for(&self, file: FileId, node: NodeId, size: u64) -> u64 {
+        let eof = self.core.lock().files.get(&file).and_then(|state| state.eof);
+        eof.filter(|eof| eof.node == node).map_or(size, |eof| eof.alloc_end.max(size))
+    }
+
     /// An exclusive range is made of whole blocks, because it is for writes that are not; others end with the file.
     fn rounded(&self, range: ByteRange, access: Access, size: u64) -> ByteRange {
         let whole = range.align_out(self.align());
         if access == Access::Exclusive { whole } else { ByteRange::new(whole.start, whole.end.min(size)) }
     }
 
-    /// Fills the holes of a range that is to be lent for writing beside others' read grants.
-    async fn fill(&self, call: &Call, want: Want, asked: ByteRange, size: u64) -> Result<(), MapError> {
+    /// Fills the holes of a range that is to be lent for writing, and some around it.
+    async fn fill(&self, node: NodeId, want: Want, asked: ByteRange) -> Result<(), MapError> {
         if self.holes(want.file, asked)?.is_empty() {
             return Ok(());
         }
-        let chunk = asked.align_out(want.chunk).intersect(&ByteRange::new(0, self.block_ceil(size)));
-        let _guard = self.guard(want.file, chunk, Some(call.at.node), false).await?;
+        let inside = |size| ByteRange::new(0, self.block_ceil(self.end_for(want.file, node, size)));
+        let chunk = asked.align_out(want.chunk).intersect(&inside(self.fs.attr(want.file)?.size));
+        let _guard = self.guard(want.file, chunk, None, false).await?;
         let lock = self.exclusive(want.file).await;
         self.flush_locked(&lock, want.file)?;
         self.ensure_clean(want.file)?;
         let size_now = self.fs.attr(want.file)?.size;
-        let chunk = chunk.intersect(&ByteRange::new(0, self.block_ceil(size_now)));
+        let chunk = chunk.intersect(&inside(size_now));
         let asked = asked.intersect(&chunk);
         match self.write_holes(&lock, want.file, chunk, size_now) {
             Err(MapError::Errno(Errno::NOSPC | Errno::DQUOT)) => {
@@ -211,7 +219,7 @@ impl Coordinator {
         want: Want,
         asked: ByteRange,
         limit: ByteRange,
-        node: csv_types::NodeId,
+        node: NodeId,
     ) -> Result<Mapped, Fail> {
         self.flush_locked(lock, want.file)?;
         self.ensure_clean(want.file)?;
@@ -223,7 +231,7 @@ impl Coordinator {
         let mapped = if want.extend {
             self.map_tail(want, asked, limit, size, node)
         } else {
-            self.map_inside(lock, want, asked, limit, size, node)
+            self.map_inside(want, asked, limit, size, node)
         };
         match mapped {
             Ok(mapped) => Ok(mapped),
@@ -234,32 +242,20 @@ impl Coordinator {
 
     fn map_inside(
         &self,
-        lock: &Exclusive,
         want: Want,
         asked: ByteRange,
         limit: ByteRange,
         size: u64,
-        node: csv_types::NodeId,
+        node: NodeId,
     ) -> Result<Mapped, MapError> {
-        let eof =
-            self.core.lock().files.get(&want.file).and_then(|state| state.eof).filter(|eof| eof.node == node);
-        let end = eof.map_or(size, |eof| eof.alloc_end.max(size));
+        let end = self.end_for(want.file, node, size);
         if want.offset >= end {
             return Ok(Mapped::Again);
         }
         let end = if want.access == Access::Exclusive { self.block_ceil(end) } else { end };
         let inside = ByteRange::new(0, end);
         let asked = asked.intersect(&inside);
-        if want.access == Access::Exclusive && !self.holes(want.file, asked)?.is_empty() {
-            let chunk = asked.align_out(want.chunk).intersect(&limit).intersect(&inside);
-            match self.write_holes(lock, want.file, chunk, size) {
-                Err(MapError::Errno(Errno::NOSPC | Errno::DQUOT)) => {
-                    self.write_holes(lock, want.file, asked, size)?
-                }
-                other => other?,
-            }
-        }
-        if want.access == Access::Write && !self.holes(want.file, asked)?.is_empty() {
+        if want.access != Access::Read && !self.holes(want.file, asked)?.is_empty() {
             return Ok(Mapped::Again);
         }
         let window = around(asked, limit.intersect(&inside));
@@ -279,7 +275,7 @@ impl Coordinator {
         asked: ByteRange,
         limit: ByteRange,
         size: u64,
-        node: csv_types::NodeId,
+        node: NodeId,
     ) -> Result<Mapped, MapError> {
         if asked.start > self.block_floor(size) {
             return Ok(Mapped::Again);

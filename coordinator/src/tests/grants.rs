@@ -354,3 +354,38 @@ fn a_copy_caches_nothing_that_is_lent() {
         assert_eq!(a.read(src, 128 << 10, 64 << 10), vec![2; 64 << 10]);
     });
 }
+
+#[test]
+fn zeros_that_are_to_be_filled_are_taken_from_the_filler_too() {
+    // A grant can be smaller than what is filled for it, and then another node may write where this one sees zeros.
+    for access in [Access::Write, Access::Exclusive] {
+        on_each_fs(|rig| {
+            let a = rig.node(N1);
+            let file = a.create("sparse", 1);
+            a.ok(a.truncate(file, 10 << 20));
+            let zeros = a.granted(file, 0, BLOCK, Access::Read);
+            let write = a.granted(file, 4 << 20, BLOCK, access);
+            let recalls = a.recalls();
+            let [recall] = &recalls[..] else { panic!("{recalls:?}") };
+            assert!(recall.up_to_seq >= zeros.seq && recall.up_to_seq < write.seq);
+            assert_eq!((recall.offset, recall.end), (4 << 20, 5 << 20), "what was filled");
+            place(&write, (5 << 20) - 1);
+        });
+    }
+}
+
+#[test]
+fn the_holder_of_the_end_fills_holes_behind_the_size_that_is_known() {
+    for access in [Access::Write, Access::Exclusive] {
+        on_each_fs(|rig| {
+            let b = rig.node(N2);
+            let file = b.create("sparse", 1);
+            b.extend(file, 10 << 20, BLOCK);
+            // Not told yet.
+            b.grew(file, (10 << 20) + BLOCK);
+            let grant = b.granted(file, 5 << 20, BLOCK, access);
+            rig.write_lun(place(&grant, 5 << 20), &[3; 4096]);
+            assert_eq!(rig.node(N1).read(file, 5 << 20, 2), [3; 2]);
+        });
+    }
+}
