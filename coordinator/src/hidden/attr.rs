@@ -73,12 +73,20 @@ impl HiddenFs {
     /// Attributes through a descriptor that is known to be on `file`.
     pub(super) fn attr_of(&self, fd: &OwnedFd, file: FileId) -> Result<Attr> {
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let stat = rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?;
-        let mut attr = attr_from(&stat, file)?;
-        if FileType::from_raw_mode(attr.mode) == FileType::RegularFile
-            && let Some(size) = Self::logical_size_of(fd)?
-        {
-            attr.size = size;
+        let statx = || attr_from(&rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?, file);
+        let mut attr = statx()?;
+        if FileType::from_raw_mode(attr.mode) == FileType::RegularFile {
+            match Self::logical_size_of(fd)? {
+                Some(size) => attr.size = size,
+                // Nobody's lock is held here, so the file may have been settled between the two looks, or its size
+                // may begin to run ahead: what runs ahead is the larger one of the sizes before and after.
+                None => {
+                    let after = statx()?;
+                    if after.size < attr.size {
+                        attr = after;
+                    }
+                }
+            }
         }
         if self.is_orphan(file) || (file == self.root && attr.nlink > 2) {
             // The name in our own directory, and our own directory in the root, are nobody else's business.

@@ -5,6 +5,7 @@ use super::{id, on_each_fs};
 use csv_types::ByteRange;
 use rustix::io::Errno;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const MIB: u64 = 1 << 20;
 
@@ -170,5 +171,29 @@ fn a_failed_flush_fails_for_ever() {
         }
         rig.remount();
         rig.fs().syncfs().unwrap();
+    });
+}
+
+#[test]
+fn the_size_that_runs_ahead_is_never_seen() {
+    on_each_fs(|rig| {
+        let file = rig.file(b"f");
+        let fs = rig.fs();
+        fs.write(file, 0, &pattern(1, 4096)).unwrap();
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let looks = scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    assert_eq!(fs.attr(file).unwrap().size, 4096);
+                }
+            });
+            for _ in 0..3000 {
+                fs.set_logical_size(file, 4096).unwrap();
+                fs.fallocate(file, 0, 4096, 4096).unwrap();
+                fs.settle_size(file, 4096).unwrap();
+            }
+            done.store(true, Ordering::Relaxed);
+            looks.join().unwrap();
+        });
     });
 }
