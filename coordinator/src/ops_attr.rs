@@ -63,6 +63,11 @@ impl Coordinator {
                 // What was written before must not move the time afterwards.
                 self.freshen(file, Some(call.at.node)).await?;
             }
+            // Whoever fills or cuts the file puts its time back afterwards.
+            let lock = self.exclusive(file).await;
+            if rest.mtime.is_some() || rest.mtime_now {
+                self.flush_locked(&lock, file)?;
+            }
             self.fs.setattr(file, &rest)?;
         }
         self.changed(call.at.node, &[Change::attr(file)]).await;

@@ -138,6 +138,24 @@ fn a_change_takes_others_leases_before_it_is_answered() {
 }
 
 #[test]
+fn attributes_change_under_the_files_lock() {
+    // Filling and cutting put the modification time back, which must not undo somebody's utimens.
+    on(crate::FsKind::Ext4, |rig| {
+        let a = rig.node(N1);
+        let file = a.create("f", 1);
+        let lock = rig.lock_of(file);
+        let held = Arc::clone(&lock).try_write_owned().unwrap();
+        let idle = Arc::strong_count(&lock);
+        let mtime = Some(csv_proto::Time { s: 1000, ns: 1 });
+        let set = a.start(Op::Setattr(SetAttr { file: Some(file.into()), mtime, ..SetAttr::default() }));
+        wait_until(|| Arc::strong_count(&lock) > idle || a.answered(set));
+        assert!(!a.answered(set));
+        drop((held, lock));
+        assert_eq!(attr(&a.finish(set)).mtime, mtime);
+    });
+}
+
+#[test]
 fn attributes_under_anothers_write_grant_are_not_leased() {
     on(crate::FsKind::Ext4, |rig| {
         let (a, b) = (rig.node(N1), rig.node(N2));
