@@ -176,7 +176,7 @@ impl Coordinator {
         }
         let answer = if let Some(reply) = session.replies.get(call.id) {
             Some(reply.clone())
-        } else if session.running.len() >= max {
+        } else if session.calls() >= max {
             let reason = format!("more than {max} calls at once");
             Some(Reply { id: call.id, errno: Errno::AGAIN.raw_os_error(), reason, ..Reply::default() })
         } else {
@@ -247,7 +247,7 @@ impl Coordinator {
     /// Answers a call, unless its session is over.
     pub(crate) fn reply(&self, core: &mut Core, at: CallRef, reply: Reply) {
         let Some(session) = core.session(at.node, at.session) else { return };
-        session.running.remove(&at.id);
+        session.ended(at.id);
         core.send(at.node, server_message::Body::Reply(reply));
     }
 

@@ -71,7 +71,7 @@ impl fmt::Debug for Options {
 /// Bounds of a coordinator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Calls of one session that may be under way; one more is answered with EAGAIN.
+    /// Calls of one session that may be under way; one more is answered with EAGAIN. Waiting locks do not count.
     pub calls_per_session_max: usize,
     /// Replies of one session that are remembered for repeated calls.
     pub replies_per_session_max: usize,

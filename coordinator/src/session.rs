@@ -124,6 +124,7 @@ impl Coordinator {
             doomed: false,
             token: token(),
             running: HashMap::new(),
+            lock_waits: 0,
             replies: ReplyCache::new(self.options.limits.replies_per_session_max),
             opens: HashMap::new(),
             state_json: String::new(),

@@ -47,10 +47,27 @@ pub(crate) struct Session {
     pub(crate) doomed: bool,
     pub(crate) token: String,
     pub(crate) running: HashMap<u64, Waits>,
+    /// Those of `running` that wait for a lock.
+    pub(crate) lock_waits: usize,
     pub(crate) replies: ReplyCache,
     pub(crate) opens: HashMap<u64, FileId>,
     pub(crate) state_json: String,
     pub(crate) pieces: Pieces,
+}
+
+impl Session {
+    /// Calls under way. A lock may be waited for as long as somebody likes, so those do not count: the lock table has a
+    /// bound of its own.
+    pub(crate) fn calls(&self) -> usize {
+        self.running.len().saturating_sub(self.lock_waits)
+    }
+
+    /// A call is answered.
+    pub(crate) fn ended(&mut self, id: u64) {
+        if let Some(Waits::Lock(_)) = self.running.remove(&id) {
+            self.lock_waits = self.lock_waits.saturating_sub(1);
+        }
+    }
 }
 
 /// Something that a node must answer.
@@ -237,14 +254,16 @@ impl Core {
 
     /// Notes what a call is going to wait for; false when it was cancelled already.
     pub(crate) fn waits_for(&mut self, at: CallRef, what: Waits) -> bool {
-        let Some(waits) = self.session(at.node, at.session).and_then(|s| s.running.get_mut(&at.id)) else {
+        let Some(session) = self.session(at.node, at.session) else {
             // Its session is over; whatever it waits for is ended with that.
             return true;
         };
+        let Some(waits) = session.running.get_mut(&at.id) else { return true };
         if *waits == Waits::Cancelled {
             return false;
         }
         *waits = what;
+        session.lock_waits += usize::from(matches!(what, Waits::Lock(_)));
         true
     }
 

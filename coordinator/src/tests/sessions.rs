@@ -2,8 +2,8 @@
 
 use super::rig::*;
 use csv_proto::{
-    Access, Call, Cancel, ClientMessage, Hello, LayoutReclaim, Lock, MkDir, ReclaimDone, SetLock, call::Op,
-    client_message, reply,
+    Access, AdminOrder, Call, Cancel, ClientMessage, Hello, LayoutReclaim, Lock, MkDir, ReclaimDone, SetLock,
+    call::Op, client_message, reply,
 };
 use csv_types::FileId;
 use std::sync::Arc;
@@ -248,9 +248,23 @@ fn too_many_calls_and_opens_are_refused() {
         let (a, b) = (rig.node(N1), rig.node(N2));
         let file = a.create("f", 1);
         a.ok(lock(file, 1, libc::F_WRLCK, false));
-        let waiting: Vec<u64> = (0..3).map(|owner| b.start(lock(file, owner, libc::F_WRLCK, true))).collect();
+        // Locks that wait hold up nothing else.
+        let locks: Vec<u64> = (0..5)
+            .map(|owner| {
+                let call = b.start(lock(file, owner, libc::F_WRLCK, true));
+                wait_until(|| rig.co().core.lock().lock_calls.values().any(|at| at.id == call));
+                call
+            })
+            .collect();
+        b.ok(b.lookup("f"));
+        a.ok(Op::AdminOrder(AdminOrder { maintenance: Some(true), ..AdminOrder::default() }));
+        let waiting: Vec<u64> = (0..3).map(|_| b.start(b.truncate(file, 1))).collect();
         assert_eq!(b.call(b.lookup("f")).errno, libc::EAGAIN);
+        a.ok(Op::AdminOrder(AdminOrder { maintenance: Some(false), ..AdminOrder::default() }));
         for call_id in waiting {
+            assert_eq!(b.finish(call_id).errno, 0);
+        }
+        for call_id in locks {
             b.send(client_message::Body::Cancel(Cancel { call_id }));
             assert_eq!(b.finish(call_id).errno, libc::EINTR);
         }
