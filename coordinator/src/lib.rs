@@ -29,6 +29,7 @@
 //! * lookup, getattr, setattr, open, create, mknod, mkdir, symlink, link, fallocate and `LayoutCommit` are answered
 //!   with attributes; read, readlink, getxattr and listxattr (names, each with a NUL behind it) with data; write,
 //!   copy_range and seek with a count, the first two with attributes in it.
+//!   A reclaimed open is answered with nothing: its size may be known only after grace.
 //! * `lease` stands for everything in a reply: the name and the attributes of a lookup or create (ENOENT of a lookup:
 //!   the absence), all entries of a readdirplus page.
 //! * A node that changes something keeps its lease on attributes that the reply tells. What the reply does not tell
