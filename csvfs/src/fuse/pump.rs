@@ -39,8 +39,9 @@ const RING_ENTRIES: u32 = 256;
 /// Requests taken before completions are looked at again.
 const BATCH: usize = 64;
 
-/// A wait shorter than this did not sleep.
-const REAL_WAIT: Duration = Duration::from_micros(3);
+/// How long the pump looks for the next request before it sleeps. Waking a sleeping processor costs about as much in
+/// a virtual machine, so this is paid back at every queue depth (docs/decisions/004); a longer time is not.
+const SPIN: Duration = Duration::from_micros(20);
 
 /// A read or write that the held layout allows.
 #[derive(Debug)]
@@ -125,22 +126,23 @@ impl Pump {
         }
         let mut head = [0; abi::WRITE_HEAD_BYTES];
         let mut payload = self.new_payload();
+        let mut idle_since: Option<Instant> = None;
         loop {
-            let mut busy = false;
+            let (mut progress, mut drained) = (false, false);
             for _ in 0..BATCH {
                 match self.device.receive(&mut head, &mut payload[..IO_BYTES_MAX]) {
                     Ok(size) => {
-                        busy = true;
+                        progress = true;
                         self.start_deferred_async();
                         self.request(&head, &mut payload, size);
-                        if std::mem::take(&mut self.woken) && self.start_alone() {
-                            // Most likely nothing came meanwhile: ask by waiting, which costs no more.
-                            busy = false;
-                            break;
+                        // The first after a sleep is most likely alone, and asking first would cost as much as it
+                        // saves; at a greater depth the next one is found right behind it.
+                        if std::mem::take(&mut self.woken) && self.is_idle() {
+                            self.start_deferred();
                         }
                     }
                     Err(Errno::AGAIN) => {
-                        busy |= self.start_deferred();
+                        drained = true;
                         break;
                     }
                     // The request was taken back before we had it.
@@ -148,22 +150,29 @@ impl Pump {
                     Err(error) => return self.over(error),
                 }
             }
-            self.start_deferred_async();
-            busy |= self.complete();
-            if !busy {
-                // A wait that ends at once found something there already: others may wait behind it.
-                let before = Instant::now();
-                self.sleep();
-                self.woken = before.elapsed() >= REAL_WAIT;
+            if drained && self.is_idle() && self.start_deferred() {
+                continue;
             }
+            self.start_deferred_async();
+            if self.complete() || !drained {
+                continue;
+            }
+            if progress {
+                idle_since = None;
+            }
+            let since = *idle_since.get_or_insert_with(Instant::now);
+            self.woken = self.is_idle();
+            if since.elapsed() < SPIN {
+                continue;
+            }
+            self.sleep();
+            idle_since = None;
         }
     }
 
-    /// In line, without asking first whether something else waits: at queue depth 1 that question would cost as
-    /// much as it saves, and at a greater depth the next request is found right after this one.
-    fn start_alone(&mut self) -> bool {
-        let idle = self.ring.as_ref().is_none_or(|ring| ring.in_flight() == 0);
-        idle && self.start_deferred()
+    /// Is nothing in flight?
+    fn is_idle(&self) -> bool {
+        self.ring.as_ref().is_none_or(|ring| ring.in_flight() == 0)
     }
 
     fn over(&mut self, error: Errno) {
@@ -431,10 +440,6 @@ impl Pump {
     /// The deferred I/O is alone: in line. True when there was one.
     fn start_deferred(&mut self) -> bool {
         let Some(mut hot) = self.deferred.take() else { return false };
-        if self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
-            self.push(hot);
-            return true;
-        }
         let Some(lun) = self.lun.clone() else {
             self.push(hot);
             return true;
