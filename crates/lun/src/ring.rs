@@ -207,7 +207,7 @@ impl Ring {
         }
     }
 
-    /// Runs deferred completion work and moves what finished to `out`.
+    /// Submits what is queued and moves what finished to `out`.
     ///
     /// # Errors
     /// Those of io_uring_enter(2).
