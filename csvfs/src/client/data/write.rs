@@ -151,6 +151,17 @@ impl VolumeClient {
             }
             Ok(true)
         });
+        self.written(inode, token, range, done)
+    }
+
+    /// Ends a write under a layout. `done` tells whether the blocks were written, or whether the way changed meanwhile.
+    pub(super) fn written(
+        &self,
+        inode: &Arc<Inode>,
+        token: IoToken,
+        range: ByteRange,
+        done: Result<bool, Errno>,
+    ) -> Result<Step<()>, Errno> {
         let wrote = matches!(done, Ok(true));
         self.end_io(inode, token, wrote);
         if wrote {
@@ -185,13 +196,7 @@ impl VolumeClient {
             }
             Ok(true)
         });
-        let wrote = matches!(done, Ok(true));
-        self.end_io(inode, token, wrote);
-        if wrote {
-            self.count_write();
-            inode.io.lock().last_end = range.end;
-        }
-        Ok(if done? { Step::Done(()) } else { Step::Again })
+        self.written(inode, token, range, done)
     }
 
     pub(super) fn change_blocks(
