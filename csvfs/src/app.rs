@@ -21,7 +21,7 @@ use csv_types::admin::Answer;
 use csv_types::config::{Config, VolumeConfig};
 use csv_types::{Epoch, NodeId};
 use parking_lot::{Condvar, Mutex};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -195,8 +195,7 @@ fn start_coordinator(
     let epoch: Epoch = csv_lun::label::bump_epoch(&labelled.lun, client.node)?;
     // What this node's page cache knows of the LUN is older than what other coordinators wrote.
     labelled.lun.drop_page_cache()?;
-    // XFS does not tell, so after an unclean end the worst is assumed there.
-    let unsynced_lost = csv_lun::probe::ext4_needs_recovery(&labelled.lun)?.unwrap_or(labelled.label.in_use);
+    let unsynced_lost = unsynced_lost(config, volume, labelled, client.node)?;
     let events = client.events.clone();
     let fence_events = client.events.clone();
     let options = csv_coordinator::Options {
@@ -223,6 +222,27 @@ fn start_coordinator(
         }),
     };
     Coordinator::start(options).with_context(|| format!("volume {} cannot be taken", volume.name))
+}
+
+/// Where this node notes that it has the volume mounted, and since which boot.
+fn mount_note(config: &Config, volume: &str) -> PathBuf {
+    config.local.state_dir.join(format!("{volume}.mounted"))
+}
+
+/// Did the last ownership end without writing back what was not synced? ext4 tells by its superblock. XFS does not:
+/// there a csvfs that was only killed (same node, same boot: the kernel has unmounted and written back) is told from a
+/// power cut by a note of the boot; whatever is not certain counts as lost.
+fn unsynced_lost(config: &Config, volume: &VolumeConfig, labelled: &Labelled, me: NodeId) -> Result<bool> {
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let note = mount_note(config, &volume.name);
+    let same_boot = !boot.is_empty() && std::fs::read_to_string(&note).is_ok_and(|noted| noted == boot);
+    let label = &labelled.label;
+    let lost = match csv_lun::probe::ext4_needs_recovery(&labelled.lun)? {
+        Some(needs_recovery) => needs_recovery,
+        None => label.in_use && !(label.owner == me && same_boot),
+    };
+    std::fs::write(&note, boot).with_context(|| format!("cannot write {}", note.display()))?;
+    Ok(lost)
 }
 
 /// Watches the heartbeat in the label when another node has the volume in use by its own account: the first guard
@@ -407,6 +427,8 @@ impl App {
     /// As a power cut: nothing that is dirty here reaches the LUN any more.
     pub(crate) fn crash(&self) -> Result<Answer> {
         if let Some(coordinator) = &self.coordinator {
+            // After a power cut the boot is another; here it is not.
+            let _ = std::fs::remove_file(mount_note(&self.config, &self.volume.name));
             coordinator.crash();
         }
         rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)?;
