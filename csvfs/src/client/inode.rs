@@ -58,8 +58,6 @@ pub(crate) struct FileIo {
     pub(crate) lost: bool,
     /// Device writes that no flush of the LUN has covered.
     pub(crate) on_device: Unsynced,
-    /// Handles open on this node.
-    pub(crate) opens: u32,
 }
 
 /// Changes that are not durable yet. Counted, because a sync covers only what was there when it began, and a second

@@ -211,7 +211,6 @@ impl CsvFs {
 
     fn opened(&self, inode: &Inode, handle: u64, flags: u32) {
         self.client.handles.lock().insert(handle, OpenHandle { file: inode.file, flags });
-        inode.io.lock().opens += 1;
     }
 
     fn create_file(
@@ -236,10 +235,6 @@ impl CsvFs {
 
     fn close(&self, handle: u64) {
         let Some(open) = self.client.handles.lock().remove(&handle) else { return };
-        if let Some(inode) = self.client.inodes.by_file(open.file) {
-            let mut io = inode.io.lock();
-            io.opens = io.opens.saturating_sub(1);
-        }
         let op = Op::Close(proto::Close { handle, file: Some(open.file.into()) });
         if let Err(error) = self.client.chan.call(Caller::default(), op) {
             tracing::debug!(%error, "close");
@@ -513,22 +508,14 @@ impl Filesystem for CsvFs {
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let outcome = self.in_dir(parent, name).and_then(|at| {
-            let (parent, name) = at.wire();
-            let outcome = self.call(request, Op::Unlink(proto::Unlink { parent, name }));
-            self.client.meta.removed(at.dir, at.name);
-            outcome
-        });
+        let outcome =
+            self.remove(request, parent, name, |parent, name| Op::Unlink(proto::Unlink { parent, name }));
         answer!(reply, outcome, _ => reply.ok());
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let outcome = self.in_dir(parent, name).and_then(|at| {
-            let (parent, name) = at.wire();
-            let outcome = self.call(request, Op::Rmdir(proto::RmDir { parent, name }));
-            self.client.meta.removed(at.dir, at.name);
-            outcome
-        });
+        let outcome =
+            self.remove(request, parent, name, |parent, name| Op::Rmdir(proto::RmDir { parent, name }));
         answer!(reply, outcome, _ => reply.ok());
     }
 
@@ -828,6 +815,21 @@ impl CsvFs {
         let (parent, name) = at.wire();
         let attr = self.call_attr(caller(request, 0), Op::Lookup(proto::Lookup { parent, name }))?;
         Ok(attr.file)
+    }
+
+    /// A call that takes a name away.
+    fn remove(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        op: impl FnOnce(Option<proto::FileId>, bytes::Bytes) -> Op,
+    ) -> Res<()> {
+        let at = self.in_dir(parent, name)?;
+        let (parent, name) = at.wire();
+        let outcome = self.call(request, op(parent, name));
+        self.client.meta.removed(at.dir, at.name);
+        outcome.map(|_| ())
     }
 
     /// A call that changes a file's attributes.

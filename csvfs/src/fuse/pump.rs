@@ -300,19 +300,24 @@ impl Pump {
         }
     }
 
+    /// The token of an I/O that needs no read-modify-write.
+    fn plain_hit(&self, inode: &Inode, outcome: Outcome) -> Option<IoToken> {
+        match outcome {
+            Outcome::Hit(token) => Some(token),
+            Outcome::HitRmw(token) => {
+                self.client.end_io(inode, token, false);
+                None
+            }
+            Outcome::Busy | Outcome::Miss => None,
+        }
+    }
+
     fn hot_read(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
         let block = u64::from(self.direct_lun()?.logical_block_bytes());
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
         let outcome = inode.io.lock().cache.begin_read(range, &mut self.segments);
-        let token = match outcome {
-            Outcome::Hit(token) => token,
-            Outcome::HitRmw(token) => {
-                self.client.end_io(inode, token, false);
-                return None;
-            }
-            Outcome::Busy | Outcome::Miss => return None,
-        };
+        let token = self.plain_hit(inode, outcome)?;
         let placed = match self.segments.as_slice() {
             [segment] => segment.lun_offset.and_then(|place| span(place, segment.len, block)),
             // Several pieces, or a hole.
@@ -386,14 +391,7 @@ impl Pump {
             return None;
         }
         let outcome = inode.io.lock().cache.begin_write(range, block, &mut self.segments);
-        let token = match outcome {
-            Outcome::Hit(token) => token,
-            Outcome::HitRmw(token) => {
-                self.client.end_io(inode, token, false);
-                return None;
-            }
-            Outcome::Busy | Outcome::Miss => return None,
-        };
+        let token = self.plain_hit(inode, outcome)?;
         let [Segment { lun_offset: Some(place), .. }] = self.segments.as_slice() else {
             self.client.end_io(inode, token, false);
             return None;

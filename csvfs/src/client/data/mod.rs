@@ -23,6 +23,7 @@ use csv_lun::LunError;
 use csv_types::ModeKind;
 use rustix::io::Errno;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Rounds of one operation before it goes through the coordinator whatever else.
 const ROUNDS_MAX: u32 = 64;
@@ -51,6 +52,15 @@ pub(super) enum Blocks {
     Redirected(Arc<csv_smb::pool::SmbPool>, String),
 }
 
+/// Which way data goes in one round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Way {
+    /// By LUN blocks, under a layout.
+    Blocks,
+    /// Through the coordinator's file system.
+    Fs,
+}
+
 pub(super) enum Step<T> {
     Done(T),
     Again,
@@ -77,6 +87,31 @@ impl VolumeClient {
             | LunError::Unsuitable { .. } => {
                 self.events.report("lun-error", error.to_string());
                 Err(Errno::IO)
+            }
+        }
+    }
+
+    /// The beginning of each round of a read or write: which way it goes now. Waits out a pause, which does not count
+    /// against the deadline.
+    ///
+    /// # Errors
+    /// EINTR when interrupted; EIO after the deadline or when the volume is unavailable here.
+    pub(super) fn next_way(&self, caller: Caller, deadline: &mut Instant) -> Result<Way, Errno> {
+        loop {
+            if self.chan.take_interrupt(caller.request) {
+                return Err(Errno::INTR);
+            }
+            if Instant::now() >= *deadline {
+                return Err(Errno::IO);
+            }
+            match self.modes.kind() {
+                ModeKind::Unavailable => return Err(Errno::IO),
+                ModeKind::Paused => {
+                    self.wait_paused(caller)?;
+                    *deadline = Instant::now() + self.op_timeout;
+                }
+                ModeKind::FsRedirected => return Ok(Way::Fs),
+                ModeKind::Direct | ModeKind::BlockRedirected => return Ok(Way::Blocks),
             }
         }
     }

@@ -1,13 +1,13 @@
 //! Reading.
 
-use super::{ROUNDS_MAX, SMALL_WRITE_MAX, SMB_BYTES_MAX, Step};
+use super::{ROUNDS_MAX, SMALL_WRITE_MAX, SMB_BYTES_MAX, Step, Way};
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
 use crate::client::{VolumeClient, count};
 use csv_layout::Access;
 use csv_layout::cache::{IoToken, Outcome, Segment};
 use csv_proto as proto;
-use csv_types::{ByteRange, ModeKind};
+use csv_types::ByteRange;
 use proto::call::Op;
 use proto::reply::Body;
 use rustix::io::Errno;
@@ -31,21 +31,8 @@ impl VolumeClient {
     ) -> Result<Vec<u8>, Errno> {
         let mut deadline = Instant::now() + self.op_timeout;
         for _ in 0..ROUNDS_MAX {
-            if self.chan.take_interrupt(caller.request) {
-                return Err(Errno::INTR);
-            }
-            if Instant::now() >= deadline {
-                return Err(Errno::IO);
-            }
-            match self.modes.kind() {
-                ModeKind::Unavailable => return Err(Errno::IO),
-                ModeKind::Paused => {
-                    self.wait_paused(caller)?;
-                    deadline = Instant::now() + self.op_timeout;
-                    continue;
-                }
-                ModeKind::FsRedirected => return self.read_through_fs(caller, inode, offset, len),
-                ModeKind::Direct | ModeKind::BlockRedirected => {}
+            if self.next_way(caller, &mut deadline)? == Way::Fs {
+                return self.read_through_fs(caller, inode, offset, len);
             }
             if let Step::Done(data) = self.read_round(caller, inode, offset, len)? {
                 return Ok(data);

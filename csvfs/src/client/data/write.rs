@@ -1,6 +1,6 @@
 //! Writing.
 
-use super::{Blocks, ROUNDS_MAX, SMALL_WRITE_MAX, SMB_BYTES_MAX, Step, WriteAt};
+use super::{Blocks, ROUNDS_MAX, SMALL_WRITE_MAX, SMB_BYTES_MAX, Step, Way, WriteAt};
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
 use crate::client::{VolumeClient, count};
@@ -8,7 +8,7 @@ use crate::fuse::device::IO_BYTES_MAX;
 use csv_layout::Access;
 use csv_layout::cache::{IoToken, Outcome, Segment};
 use csv_proto as proto;
-use csv_types::{ByteRange, LunOffset, ModeKind};
+use csv_types::{ByteRange, LunOffset};
 use proto::call::Op;
 use proto::reply::Body;
 use rustix::io::Errno;
@@ -33,21 +33,8 @@ impl VolumeClient {
         }
         let mut deadline = Instant::now() + self.op_timeout;
         for _ in 0..ROUNDS_MAX {
-            if self.chan.take_interrupt(caller.request) {
-                return Err(Errno::INTR);
-            }
-            if Instant::now() >= deadline {
-                return Err(Errno::IO);
-            }
-            match self.modes.kind() {
-                ModeKind::Unavailable => return Err(Errno::IO),
-                ModeKind::Paused => {
-                    self.wait_paused(caller)?;
-                    deadline = Instant::now() + self.op_timeout;
-                    continue;
-                }
-                ModeKind::FsRedirected => return self.write_through_fs(caller, inode, write),
-                ModeKind::Direct | ModeKind::BlockRedirected => {}
+            if self.next_way(caller, &mut deadline)? == Way::Fs {
+                return self.write_through_fs(caller, inode, write);
             }
             if let Step::Done(()) = self.write_round(caller, inode, write)? {
                 return Ok(());
@@ -139,19 +126,30 @@ impl VolumeClient {
         data: &[u8],
         segments: &[Segment],
     ) -> Result<Step<()>, Errno> {
-        let done = self.blocks().and_then(|blocks| {
-            for segment in segments {
-                // The cache gives no hit for a write without real extents.
-                let place = segment.lun_offset.ok_or(Errno::IO)?;
-                let at = usize::try_from(segment.file_offset - range.start).map_err(|_| Errno::INVAL)?;
-                let len = usize::try_from(segment.len).map_err(|_| Errno::INVAL)?;
-                if !self.write_blocks(&blocks, place, &data[at..at + len])? {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
+        let done = self.write_segments(range, data, segments, |blocks, segment, piece| {
+            // The cache gives no hit for a write without real extents.
+            self.write_blocks(blocks, segment.lun_offset.ok_or(Errno::IO)?, piece)
         });
         self.written(inode, token, range, done)
+    }
+
+    /// Writes each segment's part of the data by `write`; `false` as soon as the way changed under one.
+    pub(super) fn write_segments(
+        &self,
+        range: ByteRange,
+        data: &[u8],
+        segments: &[Segment],
+        write: impl Fn(&Blocks, &Segment, &[u8]) -> Result<bool, Errno>,
+    ) -> Result<bool, Errno> {
+        let blocks = self.blocks()?;
+        for segment in segments {
+            let at = usize::try_from(segment.file_offset - range.start).map_err(|_| Errno::INVAL)?;
+            let len = usize::try_from(segment.len).map_err(|_| Errno::INVAL)?;
+            if !write(&blocks, segment, &data[at..at + len])? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Ends a write under a layout. `done` tells whether the blocks were written, or whether the way changed meanwhile.
@@ -186,15 +184,8 @@ impl VolumeClient {
         data: &[u8],
         segments: &[Segment],
     ) -> Result<Step<()>, Errno> {
-        let done = self.blocks().and_then(|blocks| {
-            for segment in segments {
-                let at = usize::try_from(segment.file_offset - range.start).map_err(|_| Errno::INVAL)?;
-                let len = usize::try_from(segment.len).map_err(|_| Errno::INVAL)?;
-                if !self.change_blocks(&blocks, segment, &data[at..at + len])? {
-                    return Ok(false);
-                }
-            }
-            Ok(true)
+        let done = self.write_segments(range, data, segments, |blocks, segment, piece| {
+            self.change_blocks(blocks, segment, piece)
         });
         self.written(inode, token, range, done)
     }
