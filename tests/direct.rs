@@ -18,7 +18,16 @@ fn fio(rw: &str, file: &str, verify: &str) -> Vec<String> {
     let size = format!("--size={FILE_MIB}m");
     let (filename, rw) = (format!("--filename={file}"), format!("--rw={rw}"));
     let fixed = ["fio", "--name=direct", "--ioengine=libaio", "--direct=1", "--bs=1m", "--iodepth=8"];
-    let rest = [&filename, &rw, &size, "--fallocate=none", "--verify=crc32c", "--verify_fatal=1", verify];
+    let rest = [
+        &filename,
+        &rw,
+        &size,
+        "--fallocate=none",
+        "--verify=crc32c",
+        "--verify_fatal=1",
+        "--verify_state_save=0",
+        verify,
+    ];
     fixed.iter().map(|word| (*word).to_owned()).chain(rest.iter().map(|word| (*word).to_owned())).collect()
 }
 

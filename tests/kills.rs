@@ -31,7 +31,13 @@ fn fio(lab: &Lab, node: &str, log: &tempfile::NamedTempFile) -> anyhow::Result<C
     command
         .args(["fio", "--name=kills", "--ioengine=libaio", "--direct=1", "--rw=randrw", "--iodepth=4"])
         .args(["--bsrange=4k-64k", "--size=64m", "--fallocate=none", "--time_based", "--runtime=1200"])
-        .args(["--verify=crc32c", "--verify_fatal=1", "--verify_backlog=256", "--fsync=64"])
+        .args([
+            "--verify=crc32c",
+            "--verify_fatal=1",
+            "--verify_state_save=0",
+            "--verify_backlog=256",
+            "--fsync=64",
+        ])
         .arg(format!("--filename={MOUNT}/kills-{node}.img"))
         .stdin(Stdio::null())
         .stdout(log.reopen()?)

@@ -34,6 +34,7 @@ fn fio_verifies_through_failing_and_healing_paths() -> anyhow::Result<()> {
             "--fallocate=none",
             "--verify=crc32c",
             "--verify_fatal=1",
+            "--verify_state_save=0",
             "--verify_backlog=512",
         ])
         .args(["--time_based", "--runtime=600"])
