@@ -49,6 +49,8 @@ pub(crate) struct Answer {
     pub(crate) errno: i32,
     pub(crate) reason: String,
     pub(crate) body: Option<reply::Body>,
+    /// Attributes of the directory whose names the call changed.
+    pub(crate) dir: Option<csv_proto::Attr>,
     /// What the node may cache of it, if all of this still stands when the reply leaves.
     pub(crate) leases: Vec<Note>,
 }
@@ -236,8 +238,8 @@ impl Coordinator {
             return;
         }
         let lease = leases::confirmed(core, &answer.leases);
-        let reply =
-            Reply { id: call.at.id, errno: answer.errno, reason: answer.reason, lease, body: answer.body };
+        let Answer { errno, reason, body, dir: dir_attr, .. } = answer;
+        let reply = Reply { id: call.at.id, errno, reason, lease, dir_attr, body };
         if keep && let Some(session) = core.session(call.at.node, call.at.session) {
             session.replies.put(reply.clone());
         }

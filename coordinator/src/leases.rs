@@ -55,6 +55,11 @@ impl Change {
     pub(crate) fn directory(dir: FileId) -> Change {
         Change { file: dir, attr: true, names: true, told: false }
     }
+
+    /// The same, and the reply carries the directory's new attributes.
+    pub(crate) fn directory_told(dir: FileId) -> Change {
+        Change { told: true, ..Change::directory(dir) }
+    }
 }
 
 fn list(core: &mut Core, file: FileId, subject: Subject) -> &mut Vec<Lease> {

@@ -71,7 +71,7 @@ impl Coordinator {
             }
         };
         let file = file_id(attr.file)?;
-        let mut changes = vec![Change::directory(parent)];
+        let mut changes = vec![Change::directory_told(parent)];
         changes.extend(link.map(Change::attr));
         self.changed(call.at.node, &changes).await;
         self.named_answer(call.at.node, parent, file).await
@@ -113,10 +113,27 @@ impl Coordinator {
         if same { Ok(attr) } else { Err(Errno::EXIST) }
     }
 
-    /// A new name's attributes, with leases on both.
+    /// A new name's attributes and those of its directory, with leases on all.
     async fn named_answer(&self, node: NodeId, parent: FileId, file: FileId) -> Result<Done, Fail> {
-        let names = self.lease(node, parent, Subject::Names);
-        Ok(self.attr_answer(node, file, vec![names]).await?.into())
+        let (notes, dir) = self.dir_told(node, parent);
+        Ok(Answer { dir, ..self.attr_answer(node, file, notes).await? }.into())
+    }
+
+    /// A directory whose names the node has changed: what it may cache of it, and the new attributes. Without them (the
+    /// directory may be gone by now) there is no lease.
+    fn dir_told(&self, node: NodeId, dir: FileId) -> (Vec<Option<Note>>, Option<Attr>) {
+        let notes = vec![self.lease(node, dir, Subject::Names), self.lease(node, dir, Subject::Attr)];
+        match self.fs.attr(dir) {
+            Ok(attr) => (notes, Some(attr)),
+            Err(_) => (vec![None], None),
+        }
+    }
+
+    /// The answer to a call that has removed a name.
+    pub(crate) fn removed_answer(&self, node: NodeId, dir: FileId) -> Done {
+        let (notes, dir) = self.dir_told(node, dir);
+        let leases = notes.into_iter().collect::<Option<Vec<Note>>>().unwrap_or_default();
+        Answer { dir, leases, ..Answer::default() }.into()
     }
 
     pub(crate) async fn create(&self, call: &Call, create: Create) -> Result<Done, Fail> {
@@ -150,7 +167,7 @@ impl Coordinator {
             }
             self.open_file(call, create.handle, file, create.flags).await?;
         } else {
-            self.changed(call.at.node, &[Change::directory(parent)]).await;
+            self.changed(call.at.node, &[Change::directory_told(parent)]).await;
         }
         self.named_answer(call.at.node, parent, file).await
     }

@@ -31,8 +31,8 @@ impl Coordinator {
             }
             file
         };
-        self.changed(call.at.node, &[Change::directory(parent), Change::attr_untold(file)]).await;
-        Ok(Done::nothing())
+        self.changed(call.at.node, &[Change::directory_told(parent), Change::attr_untold(file)]).await;
+        Ok(self.removed_answer(call.at.node, parent))
     }
 
     pub(crate) async fn rmdir(&self, call: &Call, rmdir: RmDir) -> Result<Done, Fail> {
@@ -46,8 +46,8 @@ impl Coordinator {
             self.fs.rmdir(parent, name)?;
             file_id(attr.file)?
         };
-        self.changed(call.at.node, &[Change::directory(parent), Change::directory(dir)]).await;
-        Ok(Done::nothing())
+        self.changed(call.at.node, &[Change::directory_told(parent), Change::directory(dir)]).await;
+        Ok(self.removed_answer(call.at.node, parent))
     }
 
     pub(crate) async fn rename(&self, call: &Call, rename: Rename) -> Result<Done, Fail> {

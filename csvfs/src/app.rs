@@ -54,6 +54,12 @@ impl std::fmt::Debug for App {
     }
 }
 
+/// Network threads: on a small machine one, since a second one is woken for every message and finds nothing to do.
+fn net_threads() -> usize {
+    const THREADS_MAX: usize = 4;
+    std::thread::available_parallelism().map_or(1, |cpus| (cpus.get() / 2).clamp(1, THREADS_MAX))
+}
+
 /// The LUN with what its label says.
 struct Labelled {
     lun: Arc<Lun>,
@@ -107,7 +113,7 @@ fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
         events,
     }));
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+        .worker_threads(net_threads())
         .enable_all()
         .thread_name("csvfs-net")
         .build()
@@ -334,6 +340,11 @@ impl App {
                     std::thread::sleep(TICK);
                 }
             })
+            .context("cannot start a thread")?;
+        let app = self.clone();
+        std::thread::Builder::new()
+            .name("call-times".into())
+            .spawn(move || app.client.chan.watch())
             .context("cannot start a thread")?;
         // Commits wait for the coordinator; reports must not wait behind them.
         let app = self.clone();

@@ -130,10 +130,25 @@ fn a_change_takes_others_leases_before_it_is_answered() {
         b.answers.store(true, Ordering::SeqCst);
         let dir = csv_proto::file_id(b.root()).unwrap();
         assert!(a.ok(Op::Getattr(GetAttr { file: a.root() })).lease);
+        let before = attr(&a.ok(Op::Getattr(GetAttr { file: a.root() })));
         a.create("g", 2);
         assert!(b.wait_invalidated(dir).names);
         assert!(!a.was_invalidated(file));
-        assert!(a.was_invalidated(dir), "times of the directory are not in the reply");
+        assert!(!a.was_invalidated(dir), "the directory is in the reply");
+        let unlink = csv_proto::Unlink { parent: a.root(), name: "g".into() };
+        let removed = a.ok(Op::Unlink(unlink));
+        assert!(removed.lease);
+        let (old, new) = (before.mtime.unwrap(), removed.dir_attr.unwrap().mtime.unwrap());
+        assert!((old.s, old.ns) < (new.s, new.ns), "as it is after the change");
+        let rename = csv_proto::Rename {
+            parent: a.root(),
+            name: "f".into(),
+            new_parent: a.root(),
+            new_name: "h".into(),
+            ..csv_proto::Rename::default()
+        };
+        a.ok(Op::Rename(rename));
+        assert!(a.was_invalidated(dir), "a rename's reply tells nothing of the directories");
     });
 }
 

@@ -95,17 +95,10 @@ impl MetaCache {
         if asked.0 != self.changes.load(Ordering::Acquire) {
             return;
         }
-        if tables.names_len >= NAMES_MAX {
-            tables.names.clear();
-            tables.names_len = 0;
-        }
         if let Some((file, attr)) = found {
             tables.put_attr(file, *attr);
         }
-        let file = found.map(|(file, _)| file);
-        if tables.names.entry(dir).or_default().insert(name.clone(), file).is_none() {
-            tables.names_len += 1;
-        }
+        tables.put_name(dir, name.clone(), found.map(|(file, _)| file));
     }
 
     /// The coordinator takes leases back.
@@ -128,14 +121,43 @@ impl MetaCache {
             tables.attrs.remove(file);
         }
         for (dir, name) in names {
-            let removed = tables.names.get_mut(dir).and_then(|known| known.remove(*name));
-            if let Some(file) = removed {
-                tables.names_len -= 1;
-                if let Some(file) = file {
-                    tables.attrs.remove(&file);
-                }
+            if let Some(Some(file)) = tables.remove_name(*dir, name) {
+                tables.attrs.remove(&file);
             }
         }
+    }
+
+    /// The reply to a call of this node that made or removed a name (it may have failed, too). Everything that the
+    /// call may have changed is dropped; then what the reply says under a lease is kept, unless something else changed
+    /// while the call was under way. `file` is what the name stands for now.
+    pub(crate) fn named(
+        &self,
+        asked: Asked,
+        dir: FileId,
+        name: &[u8],
+        reply: Option<&proto::Reply>,
+        file: Option<(FileId, &proto::Attr)>,
+    ) {
+        let mut tables = self.tables.lock();
+        let changes = self.changes.fetch_add(1, Ordering::AcqRel);
+        tables.attrs.remove(&dir);
+        match tables.remove_name(dir, name) {
+            Some(Some(old)) => drop(tables.attrs.remove(&old)),
+            Some(None) => {}
+            // A file whose link count is another now may be known by another name.
+            None if file.is_none() => tables.attrs.clear(),
+            None => {}
+        }
+        let Some(reply) = reply.filter(|reply| reply.errno == 0 && reply.lease && asked.0 == changes) else {
+            return;
+        };
+        if let Some(attr) = reply.dir_attr {
+            tables.put_attr(dir, attr);
+        }
+        if let Some((file, attr)) = file {
+            tables.put_attr(file, *attr);
+        }
+        tables.put_name(dir, bytes::Bytes::copy_from_slice(name), file.map(|(file, _)| file));
     }
 
     /// This node removed a name, or renamed something away from it or over it: the file's link count or change time
@@ -144,13 +166,9 @@ impl MetaCache {
         let mut tables = self.tables.lock();
         self.changes.fetch_add(1, Ordering::AcqRel);
         tables.attrs.remove(&dir);
-        match tables.names.get_mut(&dir).and_then(|known| known.remove(name)) {
-            Some(file) => {
-                tables.names_len -= 1;
-                if let Some(file) = file {
-                    tables.attrs.remove(&file);
-                }
-            }
+        match tables.remove_name(dir, name) {
+            Some(Some(file)) => drop(tables.attrs.remove(&file)),
+            Some(None) => {}
             None => tables.attrs.clear(),
         }
     }
@@ -169,6 +187,23 @@ impl Tables {
             self.attrs.clear();
         }
         self.attrs.insert(file, attr);
+    }
+
+    fn put_name(&mut self, dir: FileId, name: bytes::Bytes, file: Option<FileId>) {
+        if self.names_len >= NAMES_MAX {
+            self.names.clear();
+            self.names_len = 0;
+        }
+        if self.names.entry(dir).or_default().insert(name, file).is_none() {
+            self.names_len += 1;
+        }
+    }
+
+    /// What was known of the name.
+    fn remove_name(&mut self, dir: FileId, name: &[u8]) -> Option<Option<FileId>> {
+        let removed = self.names.get_mut(&dir)?.remove(name)?;
+        self.names_len -= 1;
+        Some(removed)
     }
 }
 
@@ -213,6 +248,27 @@ mod tests {
         assert!(cache.name(file(2), b"a").is_none());
         assert!(cache.name(file(2), b"b").is_none());
         assert!(cache.attr(file(7)).is_none());
+        assert_eq!(cache.tables.lock().names_len, 0);
+    }
+
+    #[test]
+    fn a_made_name_is_kept_under_its_lease_and_dropped_without() {
+        let cache = MetaCache::default();
+        let reply = proto::Reply { lease: true, dir_attr: Some(attr(2)), ..proto::Reply::default() };
+        let asked = cache.ask();
+        cache.named(asked, file(2), b"a", Some(&reply), Some((file(7), &attr(7))));
+        assert!(matches!(cache.name(file(2), b"a"), Some(Known::File(_))));
+        assert!(cache.attr(file(2)).is_some());
+        // Asked before the call above was answered.
+        cache.named(asked, file(2), b"b", Some(&reply), Some((file(8), &attr(8))));
+        assert!(cache.name(file(2), b"b").is_none());
+        assert!(cache.attr(file(2)).is_none());
+        cache.named(cache.ask(), file(2), b"a", Some(&reply), None);
+        assert!(matches!(cache.name(file(2), b"a"), Some(Known::Absent)));
+        assert!(cache.attr(file(7)).is_none());
+        let refused = proto::Reply { errno: 2, lease: true, ..proto::Reply::default() };
+        cache.named(cache.ask(), file(2), b"a", Some(&refused), None);
+        assert!(cache.name(file(2), b"a").is_none());
         assert_eq!(cache.tables.lock().names_len, 0);
     }
 

@@ -1,5 +1,6 @@
 //! The volume client: what this node knows and holds of a volume, and how its data moves.
 //!
+//! * [`attrs`], [`meta`]: attributes and names, and what of them may be kept.
 //! * [`channel`]: calls to the coordinator, across reconnects.
 //! * [`session`]: what the coordinator says without being asked (recalls, queries, orders), and reclaim after it
 //!   changed.
@@ -11,6 +12,7 @@
 //! Safety rules 1 and 6: nothing goes to the LUN unless a layout is held *and* the lease is alive
 //! ([`VolumeClient::lease_alive`]); the lease ends before the coordinator may presume this node dead.
 
+pub(crate) mod attrs;
 pub(crate) mod channel;
 pub(crate) mod data;
 pub(crate) mod held_locks;

@@ -1,23 +1,22 @@
-//! Every FUSE operation but those that the pump takes itself: each is a call to the coordinator.
+//! Every FUSE operation but those that the pump takes itself ([`super::meta`], reads, writes, locks): each is a call to
+//! the coordinator.
 //!
 //! Kernel caching is off: attributes and names have time-out zero and files are opened for direct I/O, so what a
 //! call returned on one node, any other node sees. Handlers run in fuser's threads and may block; their number
 //! bounds how many metadata operations wait at once, and none of them is needed for direct I/O.
 
-use super::hidden::{self, Hidden, HiddenAttr};
-use super::locks;
+use super::hidden::{Hidden, HiddenAttr};
 use crate::client::VolumeClient;
-use crate::client::channel::Caller;
+use crate::client::attrs::attr_of;
+use crate::client::channel::{Caller, check};
 use crate::client::inode::Inode;
-use crate::client::meta::Known;
-use crate::client::{OpenHandle, inode};
 use csv_proto as proto;
 use csv_types::FileId;
 use fuser::{
     AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno as FuseErrno, FileAttr, FileHandle, FileType,
-    Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags,
-    ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
-    ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow,
+    Filesystem, Generation, INodeNo, InitFlags, KernelConfig, RenameFlags, ReplyAttr, ReplyData,
+    ReplyDirectory, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow,
 };
 use proto::call::Op;
 use proto::reply::Body;
@@ -26,7 +25,6 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// No caching in the kernel.
@@ -90,166 +88,13 @@ impl CsvFs {
         }
     }
 
-    /// Takes a kernel reference to a file that an entry reply names.
-    fn enter(&self, attr: &proto::Attr) -> Res<(Arc<Inode>, FileAttr)> {
-        let file = proto::file_id(attr.file).map_err(|_| Errno::PROTO)?;
-        let inode = self.client.inodes.reference(file);
-        let attr = self.note(&inode, attr);
-        Ok((inode, attr))
-    }
-
-    /// Remembers what attributes say about a file, and puts what this node knows better over them.
-    fn note(&self, inode: &Inode, attr: &proto::Attr) -> FileAttr {
-        let mut fuse = file_attr(attr);
-        if attr.mode & S_IFMT == S_IFREG {
-            inode.setid.store(attr.mode & 0o6000 != 0, Ordering::Relaxed);
-            let mut io = inode.io.lock();
-            match io.cache.eof() {
-                Some(eof) => fuse.size = eof.size,
-                None => io.known_size = attr.size,
-            }
-            if let Some(wrote) = io.wrote_at {
-                let wrote = system_time(Some(wrote));
-                fuse.mtime = fuse.mtime.max(wrote);
-                fuse.ctime = fuse.ctime.max(wrote);
-            }
-        }
-        fuse
-    }
-
-    fn make(&self, request: &Request, umask: u32, op: Op, name: InDir<'_>) -> Res<FileAttr> {
-        let outcome = self.call_attr(caller(request, umask), op);
-        self.client.meta.changed(&[name.dir], &[(name.dir, name.name)]);
-        self.enter(&outcome?).map(|(_, attr)| attr)
-    }
-
-    fn getattr_of(&self, who: Caller, ino: INodeNo) -> Res<FileAttr> {
-        if Hidden::owns(ino.0) {
-            return self.hidden.attr(ino.0).map(hidden_attr);
-        }
-        let inode = self.inode(ino)?;
-        let meta = &self.client.meta;
-        let nothing_held = {
-            let io = inode.io.lock();
-            io.cache.is_empty() && io.wrote_at.is_none()
-        };
-        if nothing_held
-            && self.client.session_live()
-            && let Some(attr) = meta.attr(inode.file)
-        {
-            return Ok(self.note(&inode, &attr));
-        }
-        let asked = meta.ask();
-        let op = Op::Getattr(proto::GetAttr { file: Some(inode.file.into()) });
-        let reply = self.client.chan.call(who, op)?;
-        let Some(Body::Attr(attr)) = reply.body else { return Err(Errno::PROTO) };
-        if reply.lease && nothing_held && inode.io.lock().cache.is_empty() {
-            meta.learn_attr(asked, inode.file, &attr);
-        }
-        Ok(self.note(&inode, &attr))
-    }
-
-    fn lookup_in(&self, request: &Request, parent: INodeNo, name: &OsStr) -> Res<FileAttr> {
-        if parent.0 == hidden::DIR {
-            return self.hidden.lookup(name.as_bytes()).map(hidden_attr);
-        }
-        if parent.0 == inode::ROOT && name.as_bytes() == hidden::DIR_NAME {
-            return self.hidden.directory().map(hidden_attr);
-        }
-        let dir = self.file(parent)?;
-        let name = name_bytes(name)?;
-        let meta = &self.client.meta;
-        if self.client.session_live() {
-            match meta.name(dir, &name) {
-                Some(Known::File(attr)) => return self.enter(&attr).map(|(_, attr)| attr),
-                Some(Known::Absent) => return Err(Errno::NOENT),
-                None => {}
-            }
-        }
-        let asked = meta.ask();
-        let op = Op::Lookup(proto::Lookup { parent: Some(dir.into()), name: name.clone() });
-        let reply = self.client.chan.ask(caller(request, 0), op)?;
-        match (reply.errno, reply.body) {
-            (0, Some(Body::Attr(attr))) => {
-                let file = proto::file_id(attr.file).map_err(|_| Errno::PROTO)?;
-                let entered = self.enter(&attr)?;
-                if reply.lease && entered.0.io.lock().cache.is_empty() {
-                    meta.learn_name(asked, dir, &name, Some((file, &attr)));
-                }
-                Ok(entered.1)
-            }
-            (0, _) => Err(Errno::PROTO),
-            (errno, _) => {
-                let errno = Errno::from_raw_os_error(errno);
-                if reply.lease && errno == Errno::NOENT {
-                    meta.learn_name(asked, dir, &name, None);
-                }
-                Err(errno)
-            }
-        }
-    }
-
-    fn open_file(&self, request: &Request, ino: INodeNo, flags: OpenFlags) -> Res<u64> {
-        if Hidden::owns(ino.0) {
-            return self.hidden.attr(ino.0).map(|_| 0);
-        }
-        let inode = self.inode(ino)?;
-        let handle = self.client.new_handle();
-        let flags = flags.0.cast_unsigned();
-        let op = proto::Open { file: Some(inode.file.into()), flags, handle, reclaim: false };
-        let reply = self.client.chan.call(caller(request, 0), Op::Open(op));
-        if flags & O_TRUNC != 0 {
-            self.client.meta.changed(&[inode.file], &[]);
-        }
-        let reply = reply?;
-        if let Some(Body::Attr(attr)) = &reply.body {
-            self.note(&inode, attr);
-        }
-        self.opened(&inode, handle, flags);
-        Ok(handle)
-    }
-
-    fn opened(&self, inode: &Inode, handle: u64, flags: u32) {
-        self.client.handles.lock().insert(handle, OpenHandle { file: inode.file, flags });
-    }
-
-    fn create_file(
-        &self,
-        request: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        umask: u32,
-        flags: i32,
-    ) -> Res<(FileAttr, u64)> {
-        let handle = self.client.new_handle();
-        let flags = flags.cast_unsigned();
-        let dir = self.file(parent)?;
-        let op = proto::Create { parent: Some(dir.into()), name: name_bytes(name)?, mode, flags, handle };
-        let outcome = self.call_attr(caller(request, umask), Op::Create(op));
-        self.client.meta.changed(&[dir], &[(dir, name.as_bytes())]);
-        let (inode, attr) = self.enter(&outcome?)?;
-        self.opened(&inode, handle, flags);
-        Ok((attr, handle))
-    }
-
-    fn close(&self, handle: u64) {
-        let Some(open) = self.client.handles.lock().remove(&handle) else { return };
-        let op = Op::Close(proto::Close { handle, file: Some(open.file.into()) });
-        if let Err(error) = self.client.chan.call(Caller::default(), op) {
-            tracing::debug!(%error, "close");
-        }
-    }
-
-    fn flush_file(&self, request: &Request, ino: INodeNo, owner: LockOwner) -> Res<()> {
-        if Hidden::owns(ino.0) {
-            return Ok(());
-        }
-        let inode = self.inode(ino)?;
-        let who = caller(request, 0);
-        let committed = self.client.flush(who, &inode);
-        locks::release(&self.client, who, &inode, owner.0, false);
-        committed
+    fn make(&self, request: &Request, umask: u32, op: Op, at: InDir<'_>) -> Res<FileAttr> {
+        let asked = self.client.meta.ask();
+        let outcome = self.client.chan.ask(caller(request, umask), op);
+        let found = outcome.as_ref().ok().and_then(|reply| attr_of(reply).ok());
+        let file = found.as_ref().and_then(|attr| Some((proto::file_id(attr.file).ok()?, attr)));
+        self.client.meta.named(asked, at.dir, at.name, outcome.as_ref().ok(), file);
+        self.client.enter(&attr_of(&outcome?)?).map(|(_, attr)| file_attr(&attr))
     }
 
     fn list(
@@ -283,10 +128,7 @@ impl CsvFs {
     }
 }
 
-/// `O_TRUNC`.
-const O_TRUNC: u32 = 0o1000;
 const S_IFMT: u32 = 0o170_000;
-const S_IFREG: u32 = 0o100_000;
 
 /// A name in a directory.
 #[derive(Debug, Clone, Copy)]
@@ -411,16 +253,6 @@ impl Filesystem for CsvFs {
         Ok(())
     }
 
-    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        answer!(reply, self.lookup_in(request, parent, name), attr => {
-            reply.entry(&TTL, &attr, self.generation(&attr));
-        });
-    }
-
-    fn getattr(&self, request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        answer!(reply, self.getattr_of(caller(request, 0), ino), attr => reply.attr(&TTL, &attr));
-    }
-
     fn setattr(
         &self,
         request: &Request,
@@ -441,7 +273,7 @@ impl Filesystem for CsvFs {
     ) {
         if Hidden::owns(ino.0) {
             // smbd sets times and sizes as it pleases; a hidden file has neither.
-            answer!(reply, self.getattr_of(caller(request, 0), ino), attr => reply.attr(&TTL, &attr));
+            answer!(reply, self.hidden.attr(ino.0).map(hidden_attr), attr => reply.attr(&TTL, &attr));
             return;
         }
         let fixed = |time: Option<TimeOrNow>| match time {
@@ -507,12 +339,6 @@ impl Filesystem for CsvFs {
         answer!(reply, outcome, attr => reply.entry(&TTL, &attr, self.generation(&attr)));
     }
 
-    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let outcome =
-            self.remove(request, parent, name, |parent, name| Op::Unlink(proto::Unlink { parent, name }));
-        answer!(reply, outcome, _ => reply.ok());
-    }
-
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let outcome =
             self.remove(request, parent, name, |parent, name| Op::Rmdir(proto::RmDir { parent, name }));
@@ -563,51 +389,6 @@ impl Filesystem for CsvFs {
             made
         });
         answer!(reply, outcome, attr => reply.entry(&TTL, &attr, self.generation(&attr)));
-    }
-
-    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        answer!(reply, self.open_file(request, ino, flags), handle => {
-            reply.opened(FileHandle(handle), OPEN_FLAGS);
-        });
-    }
-
-    fn create(
-        &self,
-        request: &Request,
-        parent: INodeNo,
-        name: &OsStr,
-        mode: u32,
-        umask: u32,
-        flags: i32,
-        reply: ReplyCreate,
-    ) {
-        answer!(reply, self.create_file(request, parent, name, mode, umask, flags), (attr, handle) => {
-            reply.created(&TTL, &attr, self.generation(&attr), FileHandle(handle), OPEN_FLAGS);
-        });
-    }
-
-    fn flush(&self, request: &Request, ino: INodeNo, _fh: FileHandle, owner: LockOwner, reply: ReplyEmpty) {
-        answer!(reply, self.flush_file(request, ino, owner), () => reply.ok());
-    }
-
-    fn release(
-        &self,
-        request: &Request,
-        ino: INodeNo,
-        fh: FileHandle,
-        _flags: OpenFlags,
-        owner: Option<LockOwner>,
-        _flush: bool,
-        reply: ReplyEmpty,
-    ) {
-        if let Ok(inode) = self.inode(ino) {
-            if let Some(owner) = owner {
-                locks::release(&self.client, caller(request, 0), &inode, owner.0, true);
-            }
-            locks::release_handle(&self.client, caller(request, 0), &inode, fh.0);
-        }
-        self.close(fh.0);
-        reply.ok();
     }
 
     fn fsync(&self, request: &Request, ino: INodeNo, _fh: FileHandle, datasync: bool, reply: ReplyEmpty) {
@@ -796,9 +577,6 @@ impl Filesystem for CsvFs {
 /// Bytes that one copy_file_range call moves at most, so that it stays interruptible.
 const COPY_BYTES_MAX: u64 = 64 << 20;
 
-/// Direct I/O keeps the file's pages out of this node's cache; parallel writes are ordered by layouts.
-const OPEN_FLAGS: FopenFlags = FopenFlags::FOPEN_DIRECT_IO.union(FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
-
 impl CsvFs {
     fn in_dir<'a>(&self, parent: INodeNo, name: &'a OsStr) -> Res<InDir<'a>> {
         if name.len() > proto::NAME_BYTES_MAX {
@@ -827,9 +605,10 @@ impl CsvFs {
     ) -> Res<()> {
         let at = self.in_dir(parent, name)?;
         let (parent, name) = at.wire();
-        let outcome = self.call(request, op(parent, name));
-        self.client.meta.removed(at.dir, at.name);
-        outcome.map(|_| ())
+        let asked = self.client.meta.ask();
+        let outcome = self.client.chan.ask(caller(request, 0), op(parent, name));
+        self.client.meta.named(asked, at.dir, at.name, outcome.as_ref().ok(), None);
+        check(outcome?).map(|_| ())
     }
 
     /// A call that changes a file's attributes.
@@ -847,7 +626,7 @@ impl CsvFs {
         let op = Op::Setattr(proto::SetAttr { file: Some(inode.file.into()), ..change });
         let attr = self.call_attr(who, op);
         self.client.meta.changed(&[inode.file], &[]);
-        Ok(self.note(&inode, &attr?))
+        Ok(file_attr(&self.client.note(&inode, &attr?)))
     }
 
     fn generation(&self, attr: &FileAttr) -> Generation {

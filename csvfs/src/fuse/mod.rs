@@ -3,6 +3,7 @@
 //! ```text
 //! /dev/fuse ── pump ──┬─ READ, WRITE: at once (in line or io_uring), or in a pool
 //!                     ├─ locks: pool
+//!                     ├─ LOOKUP, GETATTR, OPEN, CREATE ...: at once, or a call that answers when it ends ([`meta`])
 //!                     ├─ FORGET, INTERRUPT: at once
 //!                     └─ the rest ── socket pair ── fuser ── [`fs::CsvFs`] ── calls to the coordinator
 //! ```
@@ -12,6 +13,7 @@ pub(crate) mod device;
 pub(crate) mod fs;
 pub(crate) mod hidden;
 pub(crate) mod locks;
+pub(crate) mod meta;
 pub(crate) mod pump;
 
 use crate::client::VolumeClient;

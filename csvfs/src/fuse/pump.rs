@@ -15,6 +15,7 @@
 use super::abi;
 use super::device::{Device, IO_BYTES_MAX};
 use super::hidden::Hidden;
+use super::meta::Meta;
 use crate::client::VolumeClient;
 use crate::client::channel::Caller;
 use crate::client::count;
@@ -73,6 +74,7 @@ pub(crate) struct Pump {
     /// What smbd does for other nodes must never wait behind this node's own requests, which may wait for them.
     hidden_pool: Pool,
     lock_pool: Pool,
+    meta: Meta,
     lun: Option<Arc<Lun>>,
     ring: Option<Ring>,
     jobs: Vec<Option<Hot>>,
@@ -95,14 +97,18 @@ impl Pump {
         hidden: Arc<Hidden>,
         fuser: Arc<OwnedFd>,
     ) -> Pump {
+        let (io_pool, hidden_pool) = (Pool::new("csvfs-io", 128), Pool::new("csvfs-hidden", 128));
+        let meta =
+            Meta::new(device.clone(), client.clone(), hidden.clone(), io_pool.clone(), hidden_pool.clone());
         Pump {
             lun: client.modes.lun(),
             device,
             client,
             hidden,
             fuser,
-            io_pool: Pool::new("csvfs-io", 128),
-            hidden_pool: Pool::new("csvfs-hidden", 128),
+            io_pool,
+            hidden_pool,
+            meta,
             lock_pool: Pool::new("csvfs-lock", 1024),
             ring: None,
             jobs: (0..RING_ENTRIES).map(|_| None).collect(),
@@ -240,6 +246,14 @@ impl Pump {
                 for (nodeid, references) in abi::batch_forget(&whole) {
                     self.forget(nodeid, references);
                 }
+            }
+            opcode if Meta::takes(opcode) => {
+                let mut whole = [0; abi::META_BODY_BYTES_MAX];
+                let len = size.saturating_sub(abi::IN_HEADER_BYTES).min(whole.len());
+                let in_head = len.min(body.len());
+                whole[..in_head].copy_from_slice(&body[..in_head]);
+                whole[in_head..len].copy_from_slice(&payload[..len - in_head]);
+                self.meta.take(&header, &whole[..len]);
             }
             _ => self.hand_on(&header, head, payload, size),
         }

@@ -47,6 +47,12 @@ impl VolumeClient {
         }
     }
 
+    /// Has [`VolumeClient::flush`] anything to do for this file?
+    pub(crate) fn has_uncommitted(&self, inode: &Inode) -> bool {
+        let io = inode.io.lock();
+        io.lost || io.wrote_at.is_some() || io.cache.eof().is_some_and(|eof| eof.dirty)
+    }
+
     /// flush (close) and the beginning of fsync: commits, and tells once when acknowledged data may be lost (safety
     /// rule 7): the lease ended over a size that was not committed, or a coordinator went down without writing
     /// back what went through it. The data that lies on the LUN under a layout is not concerned.
@@ -115,11 +121,9 @@ impl VolumeClient {
     /// Files written since their last commit, for the timer.
     pub(crate) fn commit_all(&self) {
         for inode in self.inodes.all() {
-            let due = {
-                let io = inode.io.lock();
-                io.wrote_at.is_some() || io.cache.eof().is_some_and(|eof| eof.dirty)
-            };
-            if due && let Err(error) = self.commit(Caller::default(), &inode) {
+            if self.has_uncommitted(&inode)
+                && let Err(error) = self.commit(Caller::default(), &inode)
+            {
                 tracing::debug!(%error, file = %inode.file, "commit is tried again later");
                 if error == Errno::IO {
                     // Nobody answers: the others would wait as long.

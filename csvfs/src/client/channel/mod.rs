@@ -9,10 +9,13 @@
 //!
 //! A call waits at most `op_timeout` for its reply while the coordinator is unreachable, then fails with EIO. An
 //! interrupted call that was not sent ends at once with EINTR; one that was sent is cancelled at the coordinator.
+//!
+//! A call ends in a thread that waits ([`Channel::call`]) or in a function that is run where the reply arrived
+//! ([`Channel::start`]): the second kind costs no switch to another thread, and its function must not block.
 
 use csv_proto as proto;
 use csv_types::Epoch;
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use proto::{call::Op, client_message::Body as Out};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -49,6 +52,30 @@ pub(crate) trait Link: Send + Sync + std::fmt::Debug {
 /// Layout grants are applied there, so that a recall can never overtake the grant it means.
 pub(crate) type OnReply = Box<dyn FnOnce(&proto::Reply) + Send>;
 
+/// Runs exactly once when a started call has ended, with the reply (which may carry an errno) or the reason why
+/// there is none. It runs in the thread that received, expired or interrupted the call and must not block.
+pub(crate) type OnDone = Box<dyn FnOnce(Result<proto::Reply, Errno>) + Send>;
+
+/// A call that was not started because too many are under way; [`Channel::start_waiting`] waits for a place.
+pub(crate) struct NotStarted {
+    pub(crate) op: Op,
+    pub(crate) done: OnDone,
+}
+
+/// Where a call ends.
+enum End {
+    Thread(Arc<Waiter>),
+    Run(Run),
+}
+
+struct Run {
+    /// Taken when the call ends.
+    done: Option<OnDone>,
+    request: u64,
+    deadline: Instant,
+    on_timeout: Errno,
+}
+
 struct Pending {
     call: proto::Call,
     sent: bool,
@@ -58,7 +85,7 @@ struct Pending {
     cancelled: bool,
     /// Nobody waits any more; what it may have taken is given back when its reply comes.
     abandoned: bool,
-    waiter: Arc<Waiter>,
+    end: End,
     on_reply: Option<OnReply>,
 }
 
@@ -86,6 +113,8 @@ struct State {
     early_interrupts: HashSet<u64>,
     /// Blocking locks among the calls; they do not count as calls under way.
     lock_waits: usize,
+    /// The thread of `watch` is going to look at the deadlines by itself.
+    watched: bool,
     closed: bool,
 }
 
@@ -98,6 +127,19 @@ impl State {
             return;
         }
         self.remove(id);
+    }
+
+    /// Ends a started call without an answer: its function, to be run without the lock.
+    fn give_up(&mut self, id: u64) -> Option<(OnDone, Errno)> {
+        let End::Run(run) = &mut self.calls.get_mut(&id)?.end else { return None };
+        let (done, request, errno) = (run.done.take()?, run.request, run.on_timeout);
+        self.by_request.remove(&request);
+        self.end(id, false);
+        Some((done, errno))
+    }
+
+    fn is_full(&self) -> bool {
+        self.calls.len() - self.lock_waits >= CALLS_MAX
     }
 
     fn remove(&mut self, id: u64) -> Option<Pending> {
@@ -138,6 +180,7 @@ pub(crate) struct Channel {
     /// `State::open`, for those who only look.
     open: AtomicBool,
     room: Condvar,
+    deadlines: Condvar,
     next_call: AtomicU64,
     op_timeout: Duration,
     /// Calls sent since the start.
@@ -171,6 +214,7 @@ impl Channel {
             state: Mutex::new(State::default()),
             open: AtomicBool::new(false),
             room: Condvar::new(),
+            deadlines: Condvar::new(),
             next_call: AtomicU64::new(1),
             op_timeout,
             calls: AtomicU64::new(0),
@@ -253,6 +297,79 @@ impl Channel {
         outcome
     }
 
+    /// Starts a call that ends in `done`, without ever blocking.
+    ///
+    /// # Errors
+    /// Too many calls are under way.
+    pub(crate) fn start(&self, caller: Caller, op: Op, done: OnDone) -> Result<(), Box<NotStarted>> {
+        let state = self.state.lock();
+        if state.is_full() && !state.closed {
+            return Err(Box::new(NotStarted { op, done }));
+        }
+        self.start_locked(state, caller, op, done);
+        Ok(())
+    }
+
+    /// As [`Channel::start`]; waits for a place among the calls under way.
+    pub(crate) fn start_waiting(&self, caller: Caller, op: Op, done: OnDone) {
+        let deadline = Instant::now() + self.op_timeout;
+        let mut state = self.state.lock();
+        while state.is_full() && !state.closed {
+            if self.room.wait_until(&mut state, deadline).timed_out() {
+                drop(state);
+                return done(Err(Errno::IO));
+            }
+        }
+        self.start_locked(state, caller, op, done);
+    }
+
+    fn start_locked(&self, mut state: MutexGuard<'_, State>, caller: Caller, op: Op, done: OnDone) {
+        if state.closed {
+            drop(state);
+            return done(Err(Errno::SHUTDOWN));
+        }
+        if caller.request != 0 && state.early_interrupts.remove(&caller.request) {
+            drop(state);
+            return done(Err(Errno::INTR));
+        }
+        let deadline = Instant::now() + self.op_timeout;
+        let run = Run { done: Some(done), request: caller.request, deadline, on_timeout: Errno::IO };
+        self.enter(&mut state, caller, op, End::Run(run), None, false);
+        // Every deadline is as far away as the one before, so a thread that sleeps until one need not be woken.
+        if !std::mem::replace(&mut state.watched, true) {
+            self.deadlines.notify_one();
+        }
+    }
+
+    /// Ends started calls at their deadlines; returns after [`Channel::close`].
+    pub(crate) fn watch(&self) {
+        let mut state = self.state.lock();
+        while !state.closed {
+            let now = Instant::now();
+            let times = state.calls.iter().filter_map(|(id, pending)| match &pending.end {
+                End::Run(Run { done: Some(_), deadline, .. }) => Some((*deadline, *id)),
+                End::Run(_) | End::Thread(_) => None,
+            });
+            let (due, later): (Vec<_>, Vec<_>) = times.partition(|(deadline, _)| *deadline <= now);
+            if !due.is_empty() {
+                let ended: Vec<_> = due.into_iter().filter_map(|(_, id)| state.give_up(id)).collect();
+                MutexGuard::unlocked(&mut state, || {
+                    for (done, errno) in ended {
+                        done(Err(errno));
+                        self.room.notify_one();
+                    }
+                });
+                continue;
+            }
+            let next = later.into_iter().min();
+            state.watched = next.is_some();
+            match next {
+                Some((deadline, _)) => drop(self.deadlines.wait_until(&mut state, deadline)),
+                None => self.deadlines.wait(&mut state),
+            }
+        }
+    }
+
     fn begin(
         &self,
         caller: Caller,
@@ -267,7 +384,7 @@ impl Channel {
             return Err(Errno::NOTCONN);
         }
         let waits = is_lock_wait(&op);
-        while !waits && state.calls.len() - state.lock_waits >= CALLS_MAX && !state.closed {
+        while !waits && state.is_full() && !state.closed {
             if self.room.wait_until(&mut state, deadline).timed_out() {
                 return Err(Errno::IO);
             }
@@ -279,6 +396,22 @@ impl Channel {
             return Err(Errno::NOLCK);
         }
         state.lock_waits += usize::from(waits);
+        if caller.request != 0 && state.early_interrupts.remove(&caller.request) {
+            waiter.slot.lock().interrupted = true;
+        }
+        Ok(self.enter(&mut state, caller, op, End::Thread(waiter.clone()), on_reply, reclaim))
+    }
+
+    /// Puts a call into the table and sends it, if calls go out now.
+    fn enter(
+        &self,
+        state: &mut State,
+        caller: Caller,
+        op: Op,
+        end: End,
+        on_reply: Option<OnReply>,
+        reclaim: bool,
+    ) -> u64 {
         // Ids are given out under the lock, so that they go out in order.
         let id = self.next_call.fetch_add(1, Ordering::Relaxed);
         let call = proto::Call {
@@ -293,20 +426,10 @@ impl Channel {
             first_sent_unix_ms: unix_ms(),
             op: Some(op),
         };
-        let mut pending = Pending {
-            call,
-            sent: false,
-            reclaim,
-            cancelled: false,
-            abandoned: false,
-            waiter: waiter.clone(),
-            on_reply,
-        };
+        let mut pending =
+            Pending { call, sent: false, reclaim, cancelled: false, abandoned: false, end, on_reply };
         if caller.request != 0 {
             state.by_request.insert(caller.request, id);
-            if state.early_interrupts.remove(&caller.request) {
-                waiter.slot.lock().interrupted = true;
-            }
         }
         if (state.open || reclaim)
             && let Some(link) = state.link.clone()
@@ -320,7 +443,7 @@ impl Channel {
         } else {
             state.calls.insert(id, pending);
         }
-        Ok(id)
+        id
     }
 
     fn wait(&self, id: u64, waiter: &Waiter, deadline: Instant) -> Result<proto::Reply, Errno> {
@@ -353,7 +476,10 @@ impl Channel {
     }
 
     fn cancel(&self, id: u64) -> Cancelled {
-        let mut state = self.state.lock();
+        Channel::cancel_locked(&mut self.state.lock(), id)
+    }
+
+    fn cancel_locked(state: &mut State, id: u64) -> Cancelled {
         let (open, epoch, link) = (state.open, state.epoch.0, state.link.clone());
         let Some(pending) = state.calls.get_mut(&id) else { return Cancelled::NotSent };
         if !pending.sent {
@@ -373,23 +499,47 @@ impl Channel {
     /// The kernel interrupts a FUSE request.
     pub(crate) fn interrupt(&self, request: u64) {
         let mut state = self.state.lock();
-        let waiter = state
-            .by_request
-            .get(&request)
-            .and_then(|id| state.calls.get(id))
-            .map(|pending| pending.waiter.clone());
+        let found = state.by_request.get(&request).copied().filter(|id| state.calls.contains_key(id));
+        let Some(id) = found else {
+            // Most of these belong to requests that were just answered; request numbers never come again.
+            if state.early_interrupts.len() >= EARLY_INTERRUPTS_MAX {
+                state.early_interrupts.clear();
+            }
+            state.early_interrupts.insert(request);
+            return;
+        };
+        let waiter = match &state.calls[&id].end {
+            End::Thread(waiter) => Some(waiter.clone()),
+            End::Run(_) => None,
+        };
         match waiter {
             Some(waiter) => {
                 drop(state);
                 waiter.slot.lock().interrupted = true;
                 waiter.changed.notify_all();
             }
-            None => {
-                // Most of these belong to requests that were just answered; request numbers never come again.
-                if state.early_interrupts.len() >= EARLY_INTERRUPTS_MAX {
-                    state.early_interrupts.clear();
+            None => self.interrupt_started(state, id),
+        }
+    }
+
+    fn interrupt_started(&self, mut state: MutexGuard<'_, State>, id: u64) {
+        match Channel::cancel_locked(&mut state, id) {
+            Cancelled::Asked => {}
+            Cancelled::NotSent => {
+                let ended = state.give_up(id);
+                drop(state);
+                if let Some((done, _)) = ended {
+                    done(Err(Errno::INTR));
                 }
-                state.early_interrupts.insert(request);
+                self.room.notify_one();
+            }
+            // As for a thread that waits.
+            Cancelled::Unreachable => {
+                if let Some(Pending { end: End::Run(run), .. }) = state.calls.get_mut(&id) {
+                    run.deadline = run.deadline.min(Instant::now() + INTERRUPTED_WAIT);
+                    run.on_timeout = Errno::INTR;
+                }
+                self.deadlines.notify_one();
             }
         }
     }
@@ -401,21 +551,34 @@ impl Channel {
 
     /// A reply arrived.
     pub(crate) fn replied(&self, reply: proto::Reply) {
-        let (waiter, on_reply) = {
-            let mut state = self.state.lock();
-            let Some(pending) = state.calls.get_mut(&reply.id) else { return };
-            if pending.abandoned {
-                let call = pending.call.clone();
+        let mut state = self.state.lock();
+        let Some(pending) = state.calls.get_mut(&reply.id) else { return };
+        if pending.abandoned {
+            let call = pending.call.clone();
+            state.remove(reply.id);
+            if reply.errno == 0
+                && let Some(op) = undo(&call)
+            {
+                self.send_unasked(&state, op);
+            }
+            return;
+        }
+        let on_reply = pending.on_reply.take();
+        let waiter = match &mut pending.end {
+            End::Thread(waiter) => waiter.clone(),
+            End::Run(run) => {
+                let (done, request) = (run.done.take(), run.request);
+                state.by_request.remove(&request);
                 state.remove(reply.id);
-                if reply.errno == 0
-                    && let Some(op) = undo(&call)
-                {
-                    self.send_unasked(&state, op);
+                drop(state);
+                self.room.notify_one();
+                if let Some(done) = done {
+                    done(Ok(reply));
                 }
                 return;
             }
-            (pending.waiter.clone(), pending.on_reply.take())
         };
+        drop(state);
         if let Some(on_reply) = on_reply {
             on_reply(&reply);
         }
@@ -475,9 +638,10 @@ impl Channel {
         state.open = false;
         self.open.store(false, Ordering::Release);
         for pending in state.calls.values_mut().filter(|pending| pending.reclaim) {
+            let End::Thread(waiter) = &pending.end else { continue };
             let errno = Errno::NOTCONN.raw_os_error();
-            pending.waiter.slot.lock().reply = Some(proto::Reply { errno, ..proto::Reply::default() });
-            pending.waiter.changed.notify_all();
+            waiter.slot.lock().reply = Some(proto::Reply { errno, ..proto::Reply::default() });
+            waiter.changed.notify_all();
         }
     }
 
@@ -485,10 +649,12 @@ impl Channel {
     pub(crate) fn close(&self) {
         self.state.lock().closed = true;
         self.room.notify_all();
+        self.deadlines.notify_all();
     }
 }
 
-fn check(reply: proto::Reply) -> Result<proto::Reply, Errno> {
+/// A reply with an errno as an error.
+pub(crate) fn check(reply: proto::Reply) -> Result<proto::Reply, Errno> {
     match reply.errno {
         0 => Ok(reply),
         errno => Err(Errno::from_raw_os_error(errno)),
@@ -503,150 +669,4 @@ pub(crate) fn unix_ms() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Debug, Default)]
-    struct FakeLink {
-        sent: Mutex<Vec<proto::ClientMessage>>,
-    }
-    impl Link for FakeLink {
-        fn send(&self, message: proto::ClientMessage) {
-            self.sent.lock().push(message);
-        }
-    }
-
-    fn calls(link: &FakeLink) -> Vec<proto::Call> {
-        let calls = link.sent.lock();
-        calls
-            .iter()
-            .filter_map(|m| match &m.body {
-                Some(Out::Call(call)) => Some(call.clone()),
-                Some(_) | None => None,
-            })
-            .collect()
-    }
-
-    fn stat_op() -> Op {
-        Op::Statfs(proto::StatFs {})
-    }
-
-    fn until(mut done: impl FnMut() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while !done() {
-            assert!(Instant::now() < deadline, "did not happen within 10 s");
-            std::thread::yield_now();
-        }
-    }
-
-    #[test]
-    fn a_call_survives_a_broken_link_and_is_marked_only_for_a_new_coordinator() {
-        let channel = Arc::new(Channel::new(Duration::from_secs(10)));
-        let first = Arc::new(FakeLink::default());
-        channel.linked(first.clone(), Epoch(1));
-        channel.open(true);
-        let caller = {
-            let channel = channel.clone();
-            std::thread::spawn(move || channel.call(Caller::default(), stat_op()))
-        };
-        until(|| calls(&first).len() == 1);
-        let id = calls(&first)[0].id;
-        channel.unlinked();
-        let second = Arc::new(FakeLink::default());
-        channel.linked(second.clone(), Epoch(1));
-        channel.open(true);
-        assert_eq!(calls(&second).len(), 1);
-        assert!(!calls(&second)[0].resent);
-        channel.unlinked();
-        let third = Arc::new(FakeLink::default());
-        channel.linked(third.clone(), Epoch(2));
-        channel.open(false);
-        assert!(calls(&third)[0].resent);
-        assert_eq!(calls(&third)[0].id, id);
-        channel.replied(proto::Reply { id, ..Default::default() });
-        assert!(caller.join().unwrap().is_ok());
-    }
-
-    #[test]
-    fn unreachable_coordinator_ends_with_eio_and_interrupt_with_eintr() {
-        let channel = Arc::new(Channel::new(Duration::from_millis(20)));
-        assert_eq!(channel.call(Caller::default(), stat_op()).unwrap_err(), Errno::IO);
-        let channel = Arc::new(Channel::new(Duration::from_secs(60)));
-        let caller = {
-            let channel = channel.clone();
-            let who = Caller { request: 77, ..Caller::default() };
-            std::thread::spawn(move || channel.call(who, stat_op()))
-        };
-        until(|| !channel.state.lock().calls.is_empty());
-        channel.interrupt(77);
-        assert_eq!(caller.join().unwrap().unwrap_err(), Errno::INTR);
-    }
-
-    #[test]
-    fn an_interrupt_that_comes_first_is_not_lost() {
-        let channel = Channel::new(Duration::from_secs(60));
-        channel.interrupt(5);
-        let who = Caller { request: 5, ..Caller::default() };
-        assert_eq!(channel.call(who, stat_op()).unwrap_err(), Errno::INTR);
-    }
-
-    #[test]
-    fn an_interrupted_call_that_is_out_is_cancelled_at_the_coordinator() {
-        let channel = Arc::new(Channel::new(Duration::from_secs(60)));
-        let link = Arc::new(FakeLink::default());
-        channel.linked(link.clone(), Epoch(1));
-        channel.open(true);
-        let caller = {
-            let channel = channel.clone();
-            let who = Caller { request: 9, ..Caller::default() };
-            std::thread::spawn(move || channel.call(who, stat_op()))
-        };
-        until(|| calls(&link).len() == 1);
-        channel.interrupt(9);
-        until(|| link.sent.lock().iter().any(|m| matches!(m.body, Some(Out::Cancel(_)))));
-        let id = calls(&link)[0].id;
-        channel.replied(proto::Reply { id, errno: 4, ..Default::default() });
-        assert_eq!(caller.join().unwrap().unwrap_err(), Errno::INTR);
-    }
-
-    #[test]
-    fn a_lock_that_is_granted_to_nobody_is_given_back() {
-        let channel = Channel::new(Duration::from_millis(20));
-        let link = Arc::new(FakeLink::default());
-        channel.linked(link.clone(), Epoch(1));
-        channel.open(true);
-        let lock = proto::Lock { start: 0, end: 9, r#type: 1, pid: 7 };
-        let set = proto::SetLock { lock: Some(lock), owner: 3, ..proto::SetLock::default() };
-        assert_eq!(channel.call(Caller::default(), Op::Setlk(set)).unwrap_err(), Errno::IO);
-        let id = calls(&link)[0].id;
-        channel.replied(proto::Reply { id, ..Default::default() });
-        let sent = calls(&link);
-        let Some(Op::Setlk(undo)) = &sent[1].op else { panic!("no unlock was sent") };
-        assert_eq!(undo.lock.unwrap().r#type, 2);
-        assert!(channel.state.lock().calls.is_empty());
-    }
-
-    #[test]
-    fn a_sent_call_is_not_answered_by_guess_at_once() {
-        let channel = Arc::new(Channel::new(Duration::from_secs(60)));
-        let first = Arc::new(FakeLink::default());
-        channel.linked(first.clone(), Epoch(1));
-        channel.open(true);
-        let who = Caller { request: 4, ..Caller::default() };
-        let caller = {
-            let channel = channel.clone();
-            std::thread::spawn(move || channel.call(who, stat_op()))
-        };
-        until(|| calls(&first).len() == 1);
-        channel.unlinked();
-        channel.interrupt(4);
-        let id = calls(&first)[0].id;
-        until(|| channel.state.lock().calls.get(&id).is_some_and(|pending| pending.cancelled));
-        let second = Arc::new(FakeLink::default());
-        channel.linked(second.clone(), Epoch(1));
-        channel.open(true);
-        assert!(second.sent.lock().iter().any(|m| matches!(m.body, Some(Out::Cancel(_)))));
-        channel.replied(proto::Reply { id, ..Default::default() });
-        assert!(caller.join().unwrap().is_ok());
-    }
-}
+mod tests;
