@@ -62,6 +62,14 @@ impl Coordinator {
         }
         let chunk = get.want_ahead_bytes.clamp(CHUNK_BYTES_MIN, CHUNK_BYTES_MAX).next_power_of_two();
         let want = Want { file, offset: get.offset, end, access, extend: get.extend, chunk };
+        let done = self.get_until_it_stays(call, want).await;
+        if want.extend && !matches!(done, Ok(Done::Sent)) {
+            self.settle_unlent(file);
+        }
+        done
+    }
+
+    async fn get_until_it_stays(&self, call: &Call, want: Want) -> Result<Done, Fail> {
         for _ in 0..TRIES_MAX {
             let order = self.core.lock().mode_order(call.at.node);
             if order.maintenance {
@@ -120,6 +128,9 @@ impl Coordinator {
                 other => other?,
             }
         }
+        if want.extend {
+            self.round_tail(want.file).await?;
+        }
         let get = self.get(call.at, want.file, asked, want.access).await?;
         if want.access != Access::Read {
             self.take_attr_leases(want.file, node).await;
@@ -167,6 +178,40 @@ impl Coordinator {
             }
             other => other,
         }
+    }
+
+    /// Before the end of a file is lent, the size on disk becomes a whole number of blocks. When it moves from inside a
+    /// block, the file system zeroes the rest of that block and writes all of it, through the page cache: nobody may
+    /// write there meanwhile, not even the node that asks (a write of one sector of it may be under way), and no page may
+    /// be left.
+    async fn round_tail(&self, file: FileId) -> Result<(), Errno> {
+        if self.fs.size_is_whole(file)? {
+            return Ok(());
+        }
+        let size = self.fs.attr(file)?.size;
+        let tail = ByteRange::new(self.block_floor(size), u64::MAX);
+        let _guard = self.guard(file, tail, None, false).await?;
+        let lock = self.exclusive(file).await;
+        self.settle_locked(&lock, file)?;
+        let size = self.fs.attr(file)?.size;
+        let last = ByteRange::new(self.block_floor(size), self.block_ceil(size));
+        // Outside the guard, or whole by now: the get looks again.
+        if !tail.contains(&last) || last.is_empty() {
+            return Ok(());
+        }
+        self.core.lock().file(file).cache_clean = false;
+        self.fs.set_logical_size(file, size)?;
+        self.fs.make_written(file, last)?;
+        self.ensure_clean(file)
+    }
+
+    /// A get of the end of a file failed: what was made ready for it goes, unless somebody has the right.
+    fn settle_unlent(&self, file: FileId) {
+        let core = &mut *self.core.lock();
+        if core.file(file).eof.is_none() {
+            core.file(file).settle = true;
+        }
+        self.look_after(core, file);
     }
 
     /// Pieces of a range that are not written, in whole blocks.
@@ -277,7 +322,7 @@ impl Coordinator {
         size: u64,
         node: NodeId,
     ) -> Result<Mapped, MapError> {
-        if asked.start > self.block_floor(size) {
+        if asked.start > self.block_floor(size) || !self.fs.size_is_whole(want.file)? {
             return Ok(Mapped::Again);
         }
         if self.fs.logical_size(want.file)?.is_none() {
@@ -293,14 +338,7 @@ impl Coordinator {
             alloc_end = need;
             made = self.fs.make_written(want.file, ByteRange::new(from, alloc_end));
         }
-        if let Err(errno) = made {
-            if old.is_none() {
-                let core = &mut *self.core.lock();
-                core.file(want.file).settle = true;
-                self.look_after(core, want.file);
-            }
-            return Err(errno.into());
-        }
+        made?;
         let alloc_end = old.map_or(alloc_end, |old| old.alloc_end.max(alloc_end));
         let window =
             around(ByteRange::new(asked.start, alloc_end), limit.intersect(&ByteRange::new(0, alloc_end)));

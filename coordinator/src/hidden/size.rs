@@ -7,6 +7,7 @@
 //! harmless.
 
 use super::attr::keep_mtime;
+use super::data::DIRECT_ALIGN;
 use super::{HiddenFs, Result, errno, proc_path};
 use csv_lun::sys;
 use csv_types::FileId;
@@ -33,6 +34,15 @@ impl HiddenFs {
     /// ESTALE; EIO when the attribute has a wrong length.
     pub fn logical_size(&self, file: FileId) -> Result<Option<u64>> {
         Self::logical_size_of(&self.open_path(file)?)
+    }
+
+    /// Is the size on disk a whole number of blocks? A noted size does not count here.
+    ///
+    /// # Errors
+    /// ESTALE.
+    pub fn size_is_whole(&self, file: FileId) -> Result<bool> {
+        let size = rustix::fs::fstat(self.data_fd(file)?)?.st_size;
+        Ok(size.cast_unsigned().is_multiple_of(u64::from(self.block_bytes).max(DIRECT_ALIGN as u64)))
     }
 
     /// Forgets the noted size: the size on disk counts again.

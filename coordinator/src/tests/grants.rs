@@ -132,6 +132,61 @@ fn the_end_of_file_moves_under_its_right_and_is_settled() {
 }
 
 #[test]
+fn an_extended_unaligned_tail_leaves_no_page_behind() {
+    on_each_fs(|rig| {
+        let (a, b) = (rig.node(N1), rig.node(N2));
+        let file = a.create("tail", 1);
+        a.write(file, 0, vec![1; 5000]);
+        let grant = b.extend(file, 4096, 2 * BLOCK);
+        for block in [4096, 8192] {
+            rig.write_lun(place(&grant, block), &[2; 4096]);
+        }
+        b.grew(file, 12_288);
+        // Everything comes back, and then the page cache may be used again.
+        b.give_back(&Recall {
+            file: Some(file.into()),
+            end: u64::MAX,
+            up_to_seq: grant.seq,
+            ..Default::default()
+        });
+        b.ping();
+        assert_eq!(rig.co().core.lock().table.grants(file).count(), 0);
+        assert_eq!(a.read(file, 4096, 8192), [2; 8192], "not what was in the page cache before");
+    });
+}
+
+#[test]
+fn a_tail_is_extended_under_no_io_of_its_own_node() {
+    on_each_fs(|rig| {
+        let b = rig.node(N2);
+        let file = b.create("tail", 1);
+        b.write(file, 0, vec![1; 5000]);
+        let held = b.granted(file, 4096, 512, Access::Exclusive);
+        b.answers.store(false, Ordering::SeqCst);
+        let op = csv_proto::LayoutGet {
+            file: Some(file.into()),
+            offset: 5000,
+            len: BLOCK,
+            extend: true,
+            ..Default::default()
+        };
+        let extend = b.start(Op::LayoutGet(op));
+        let recall = b.wait_recall();
+        assert!(recall.offset <= 4096 && recall.end >= 8192 && recall.up_to_seq >= held.seq, "{recall:?}");
+        assert!(
+            !b.answered(extend),
+            "a write of 512 bytes may be under way in the block that is to be zeroed"
+        );
+        // It ends now.
+        rig.write_lun(place(&held, 4096), &[3; 512]);
+        b.answers.store(true, Ordering::SeqCst);
+        b.give_back(&recall);
+        assert!(grant(b.finish(extend)).eof);
+        assert_eq!(b.read(file, 4096, 904), [[3; 512].to_vec(), [1; 392].to_vec()].concat());
+    });
+}
+
+#[test]
 fn appends_of_two_nodes_and_a_holder_do_not_overlap() {
     on_each_fs(|rig| {
         let (a, b) = (rig.node(N1), rig.node(N2));
