@@ -242,11 +242,31 @@ impl Lab {
     }
 }
 
+/// Of each log of a suite that failed, so much is printed, in lines. What differs from an earlier line only in the time
+/// (the first word) counts once.
+const LOG_TAIL: usize = 100;
+
+fn print_log_tails(dir: &Path, nodes: &[String]) {
+    for node in nodes {
+        for log in ["csvd.log", "node.log"] {
+            let Ok(text) = std::fs::read_to_string(dir.join(node).join("log").join(log)) else { continue };
+            let mut seen = std::collections::HashSet::new();
+            let lines: Vec<&str> = text
+                .lines()
+                .filter(|line| seen.insert(line.split_once(' ').map_or(*line, |(_, rest)| rest)))
+                .collect();
+            println!("--- {node}: end of {log}");
+            lines[lines.len().saturating_sub(LOG_TAIL)..].iter().for_each(|line| println!("{line}"));
+        }
+    }
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
         if !self.up {
             return;
         }
+        print_log_tails(&self.dir, &self.nodes);
         if std::env::var_os("CSV_TEST_KEEP").is_some() {
             println!("lab {} is left up; csvctl lab down --name {}", self.name, self.name);
         } else if let Err(error) = self.down() {

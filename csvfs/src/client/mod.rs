@@ -102,6 +102,8 @@ pub(crate) struct VolumeClient {
     /// A reclaim has begun and is not finished.
     reclaiming: AtomicBool,
     next_handle: AtomicU64,
+    /// Until then redirected I/O does not try SMB, in milliseconds of [`now_ms`].
+    smb_hold_until_ms: AtomicU64,
     /// Monotonic milliseconds until which layouts may be used.
     lease_until_ms: AtomicU64,
     lease_ms: AtomicU64,
@@ -149,6 +151,7 @@ impl VolumeClient {
             stale_pages: Mutex::new(None),
             reclaiming: AtomicBool::new(false),
             next_handle: AtomicU64::new(1),
+            smb_hold_until_ms: AtomicU64::new(0),
             lease_until_ms: AtomicU64::new(0),
             lease_ms: AtomicU64::new(0),
         }

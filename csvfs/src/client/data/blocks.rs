@@ -3,10 +3,16 @@
 use super::{Blocks, SMB_BYTES_MAX};
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
-use crate::client::{VolumeClient, count};
+use crate::client::{VolumeClient, count, now_ms};
 use csv_types::{ByteRange, LunOffset, ModeKind};
 use rustix::io::Errno;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+/// Pause before redirected blocks are tried again.
+const SMB_RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// So long SMB is not tried again after an error that a repetition does not mend, in milliseconds.
+const SMB_HOLD_MS: u64 = 5_000;
 
 impl VolumeClient {
     /// Which way blocks go now.
@@ -95,7 +101,8 @@ impl VolumeClient {
     }
 
     /// What an SMB transfer means for the loop: a refused or unknown outcome is repeated (the same bytes at the same
-    /// place), since the layout may have been recalled or the server restarted meanwhile.
+    /// place), since the layout may have been recalled or the server restarted meanwhile. A server that goes down can
+    /// also refuse the password or cut a read short.
     pub(super) fn smb_done(
         &self,
         done: Result<usize, csv_smb::pool::SmbError>,
@@ -103,17 +110,32 @@ impl VolumeClient {
     ) -> Result<bool, Errno> {
         match done {
             Ok(got) if got == want => Ok(true),
-            Ok(_) => Err(Errno::IO),
             Err(error) if error.is_fatal() => {
-                self.events.report("smb-error", format!("redirected I/O cannot work: {error}"));
-                Err(Errno::IO)
+                self.smb_useless(&error);
+                Ok(false)
             }
-            Err(error) => {
-                tracing::warn!(%error, "redirected I/O is repeated");
-                std::thread::sleep(Duration::from_millis(20));
+            other => {
+                match other {
+                    Ok(got) => tracing::debug!(got, want, "a short redirected read is repeated"),
+                    Err(error) => tracing::debug!(%error, "redirected I/O is repeated"),
+                }
+                std::thread::sleep(SMB_RETRY_PAUSE);
                 Ok(false)
             }
         }
+    }
+
+    /// SMB does not work and will not by itself: for a while redirected data goes by the control protocol.
+    pub(super) fn smb_useless(&self, error: &csv_smb::pool::SmbError) {
+        let (now, until) = (now_ms(), &self.smb_hold_until_ms);
+        if until.swap(now + SMB_HOLD_MS, Ordering::AcqRel) < now {
+            let text = format!("redirected I/O goes by the control protocol, which is slower: {error}");
+            self.events.report("smb-error", text);
+        }
+    }
+
+    pub(super) fn smb_on_hold(&self) -> bool {
+        now_ms() < self.smb_hold_until_ms.load(Ordering::Acquire)
     }
 
     pub(super) fn smb_file(&self, inode: &Inode) -> String {
@@ -130,7 +152,7 @@ impl VolumeClient {
         if self.chan.take_interrupt(caller.request) {
             return Err(Errno::INTR);
         }
-        if error.is_fatal() || Instant::now() >= deadline {
+        if Instant::now() >= deadline {
             self.events.report("smb-error", format!("file-system redirected I/O failed: {error}"));
             return Err(Errno::IO);
         }

@@ -59,6 +59,8 @@ pub(super) enum Way {
     Blocks,
     /// Through the coordinator's file system.
     Fs,
+    /// By the control protocol: redirected, and SMB cannot be used now.
+    Call,
 }
 
 pub(super) enum Step<T> {
@@ -109,6 +111,9 @@ impl VolumeClient {
                 ModeKind::Paused => {
                     self.wait_paused(caller)?;
                     *deadline = Instant::now() + self.op_timeout;
+                }
+                ModeKind::FsRedirected | ModeKind::BlockRedirected if self.smb_on_hold() => {
+                    return Ok(Way::Call);
                 }
                 ModeKind::FsRedirected => return Ok(Way::Fs),
                 ModeKind::Direct | ModeKind::BlockRedirected => return Ok(Way::Blocks),

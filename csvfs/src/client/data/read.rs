@@ -31,8 +31,10 @@ impl VolumeClient {
     ) -> Result<Vec<u8>, Errno> {
         let mut deadline = Instant::now() + self.op_timeout;
         for _ in 0..ROUNDS_MAX {
-            if self.next_way(caller, &mut deadline)? == Way::Fs {
-                return self.read_through_fs(caller, inode, offset, len);
+            match self.next_way(caller, &mut deadline)? {
+                Way::Blocks => {}
+                Way::Fs => return self.read_through_fs(caller, inode, offset, len),
+                Way::Call => break,
             }
             if let Step::Done(data) = self.read_round(caller, inode, offset, len)? {
                 return Ok(data);
@@ -201,6 +203,10 @@ impl VolumeClient {
                     }
                 }
                 Err(error) if error.is_rejected() => return self.read_by_call(caller, inode, offset, len),
+                Err(error) if error.is_fatal() => {
+                    self.smb_useless(&error);
+                    return self.read_by_call(caller, inode, offset, len);
+                }
                 Err(error) => self.smb_retry(caller, &error, deadline)?,
             }
         }

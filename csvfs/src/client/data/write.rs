@@ -33,8 +33,10 @@ impl VolumeClient {
         }
         let mut deadline = Instant::now() + self.op_timeout;
         for _ in 0..ROUNDS_MAX {
-            if self.next_way(caller, &mut deadline)? == Way::Fs {
-                return self.write_through_fs(caller, inode, write);
+            match self.next_way(caller, &mut deadline)? {
+                Way::Blocks => {}
+                Way::Fs => return self.write_through_fs(caller, inode, write),
+                Way::Call => break,
             }
             if let Step::Done(()) = self.write_round(caller, inode, write)? {
                 return Ok(());
@@ -270,7 +272,10 @@ impl VolumeClient {
                 match pool.write_at(&self.smb_file(inode), offset, piece) {
                     Ok(()) => break,
                     // SMB knows "disk full" only as one error among many: the control call tells exactly.
-                    Err(error) if error.is_rejected() => {
+                    Err(error) if error.is_rejected() || error.is_fatal() => {
+                        if error.is_fatal() {
+                            self.smb_useless(&error);
+                        }
                         let rest = WriteAt { offset, data: piece, ..write };
                         self.write_by_call(caller, inode, rest)?;
                         break;
