@@ -8,12 +8,14 @@ use super::attr::keep_mtime;
 use super::data::{DIRECT_ALIGN, read_only_fd};
 use super::{HiddenFs, Result, errno};
 use csv_layout::Extent;
+use csv_lun::AlignedBuf;
 use csv_lun::sys::{self, RawExtent};
 use csv_types::{ByteRange, FileId, LunOffset};
 use rustix::fs::{FallocateFlags, IFlags};
 use rustix::io::Errno;
 use std::io::IoSlice;
 use std::os::fd::OwnedFd;
+use std::sync::LazyLock;
 use std::sync::atomic::Ordering;
 
 /// Why a range was not mapped.
@@ -27,15 +29,13 @@ pub enum MapError {
     Errno(#[from] Errno),
 }
 
-/// Aligned zeros for O_DIRECT, shared by all.
-#[repr(C, align(4096))]
-struct Zeros([u8; ZEROS_BYTES]);
-const ZEROS_BYTES: usize = 1 << 20;
-static ZEROS: Zeros = Zeros([0; ZEROS_BYTES]);
+/// Aligned zeros for O_DIRECT, shared by all: a huge page, which the block layer takes as one piece.
+const ZEROS_BYTES: usize = 2 << 20;
+static ZEROS: LazyLock<AlignedBuf> = LazyLock::new(|| AlignedBuf::new(ZEROS_BYTES));
 const _: () = assert!(ZEROS_BYTES.is_multiple_of(DIRECT_ALIGN));
 
 /// One call writes the zeros this often, so that the device has a queue of requests instead of one.
-const ZEROS_PER_CALL: u64 = 32;
+const ZEROS_PER_CALL: u64 = 16;
 
 /// Inode flags that rustix does not name.
 const ENCRYPTED: IFlags = IFlags::from_bits_retain(0x0000_0800);
@@ -139,7 +139,7 @@ fn write_zeros(fd: &OwnedFd, range: ByteRange) -> Result<()> {
         let slices: Vec<IoSlice<'_>> = (0..left.div_ceil(whole))
             .map(|i| {
                 let len = usize::try_from((left - i * whole).min(whole)).unwrap_or(ZEROS_BYTES);
-                IoSlice::new(&ZEROS.0[..len])
+                IoSlice::new(&ZEROS[..len])
             })
             .collect();
         match rustix::io::pwritev(fd, &slices, at) {

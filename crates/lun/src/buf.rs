@@ -3,24 +3,94 @@
 //! A buffer is made of whole pages that are initialised once, so its full capacity may always be looked at. A
 //! pooled buffer keeps what its last user left in it. The pool never blocks and never refuses: it keeps a
 //! bounded number of free buffers per size and gives the rest back to the allocator.
+//!
+//! Large buffers lie in huge pages where the kernel has some: a request of 1 MiB is then one piece of memory for the
+//! block layer, instead of 256 that it has to look up, count and split (docs/decisions/004).
 
 use parking_lot::Mutex;
+use rustix::mm::{self, Advice, MapFlags, ProtFlags};
+use std::ffi::c_void;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// Alignment of every buffer's address, in bytes.
 pub const ALIGN_BYTES: usize = 4096;
 
+/// Size and alignment of a huge page, in bytes. Where it is another one the advice does nothing.
+const HUGE_BYTES: usize = 2 << 20;
+/// From this length on a buffer is made of huge pages, in bytes.
+const HUGE_FROM: usize = 1 << 20;
+
 #[derive(Clone, Copy)]
 #[repr(C, align(4096))]
 struct Page([u8; ALIGN_BYTES]);
 
+/// Anonymous memory of its own, all zeros at first.
+struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+    /// What munmap(2) gets: the start is aligned within a larger mapping.
+    whole: (NonNull<c_void>, usize),
+}
+
+// SAFETY: the mapping is owned by this value alone, as a Vec's memory is.
+unsafe impl Send for Mapping {}
+// SAFETY: shared references only read.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Huge pages for `len` bytes, or `None` when the kernel gives none.
+    fn huge(len: usize) -> Option<Mapping> {
+        let len = len.next_multiple_of(HUGE_BYTES);
+        let whole_len = len + HUGE_BYTES;
+        // SAFETY: a new mapping at a place that the kernel chooses touches nothing that is there.
+        let whole = unsafe {
+            mm::mmap_anonymous(
+                std::ptr::null_mut(),
+                whole_len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        };
+        let whole = NonNull::new(whole.ok()?)?;
+        let first = whole.as_ptr().cast::<u8>();
+        let shift = first.align_offset(HUGE_BYTES);
+        // SAFETY: the shift is less than HUGE_BYTES, by which the mapping is longer than `len`.
+        let start = unsafe { whole.cast::<u8>().add(shift) };
+        // SAFETY: the range lies in the new mapping. Advice changes no contents; without it the pages are small ones.
+        let _ = unsafe { mm::madvise(start.as_ptr().cast(), len, Advice::LinuxHugepage) };
+        Some(Mapping { start, len, whole: (whole, whole_len) })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has this mapping, and nobody can look at it after this.
+        let _ = unsafe { mm::munmap(self.whole.0.as_ptr(), self.whole.1) };
+    }
+}
+
+enum Memory {
+    // A Vec and not a Box: moving a Box asserts to the compiler that nobody else points to its contents.
+    Pages(Vec<Page>),
+    Huge(Mapping),
+}
+
+impl Memory {
+    fn capacity(&self) -> usize {
+        match self {
+            Memory::Pages(pages) => pages.len() * ALIGN_BYTES,
+            Memory::Huge(mapping) => mapping.len,
+        }
+    }
+}
+
 /// An owned buffer, aligned to [`ALIGN_BYTES`]. Its bytes stay at one address for as long as it lives, also
 /// when the owner moves (needed by I/O that the kernel does in the background).
 pub struct AlignedBuf {
-    // A Vec and not a Box: moving a Box asserts to the compiler that nobody else points to its contents.
-    pages: Vec<Page>,
+    memory: Memory,
     len: usize,
 }
 
@@ -28,7 +98,9 @@ impl AlignedBuf {
     /// `len` zero bytes; the memory is a whole number of pages.
     #[must_use]
     pub fn new(len: usize) -> Self {
-        AlignedBuf { pages: vec![Page([0; ALIGN_BYTES]); len.div_ceil(ALIGN_BYTES)], len }
+        let huge = if len >= HUGE_FROM { Mapping::huge(len) } else { None };
+        let pages = || Memory::Pages(vec![Page([0; ALIGN_BYTES]); len.div_ceil(ALIGN_BYTES)]);
+        AlignedBuf { memory: huge.map_or_else(pages, Memory::Huge), len }
     }
 
     /// A buffer with a copy of `bytes`, padded with zeros to a multiple of `block_bytes`.
@@ -42,7 +114,7 @@ impl AlignedBuf {
     /// Bytes that the memory holds; at least the length.
     #[must_use]
     pub fn capacity(&self) -> usize {
-        self.pages.len() * ALIGN_BYTES
+        self.memory.capacity()
     }
 
     /// Makes the buffer `len` bytes long within its memory. Bytes that come into view hold what was there.
@@ -59,16 +131,24 @@ impl Deref for AlignedBuf {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: the pages are initialised plain bytes without padding, and `len` is at most their total size
-        // (kept by `new` and `set_len`).
-        unsafe { std::slice::from_raw_parts(self.pages.as_ptr().cast::<u8>(), self.len) }
+        let start = match &self.memory {
+            Memory::Pages(pages) => pages.as_ptr().cast::<u8>(),
+            Memory::Huge(mapping) => mapping.start.as_ptr().cast_const(),
+        };
+        // SAFETY: the memory is initialised plain bytes without padding, and `len` is at most its size (kept by `new`
+        // and `set_len`).
+        unsafe { std::slice::from_raw_parts(start, self.len) }
     }
 }
 
 impl DerefMut for AlignedBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
+        let start = match &mut self.memory {
+            Memory::Pages(pages) => pages.as_mut_ptr().cast::<u8>(),
+            Memory::Huge(mapping) => mapping.start.as_ptr(),
+        };
         // SAFETY: as in `deref`; `&mut self` makes the slice the only reference.
-        unsafe { std::slice::from_raw_parts_mut(self.pages.as_mut_ptr().cast::<u8>(), self.len) }
+        unsafe { std::slice::from_raw_parts_mut(start, self.len) }
     }
 }
 
@@ -81,8 +161,7 @@ impl fmt::Debug for AlignedBuf {
 
 /// Size classes in bytes and how many free buffers of each are kept: 4 MiB, 8 MiB, 16 MiB and 64 MiB at most.
 /// The last one holds the largest FUSE request and one block more, for requests that start inside a block.
-const CLASSES: [(usize, usize); 4] =
-    [(4 << 10, 1024), (64 << 10, 128), (256 << 10, 64), ((1 << 20) + (4 << 10), 64)];
+const CLASSES: [(usize, usize); 4] = [(4 << 10, 1024), (64 << 10, 128), (256 << 10, 64), (HUGE_BYTES, 32)];
 
 /// Free buffers by size class.
 #[derive(Debug, Default)]
@@ -174,7 +253,7 @@ mod tests {
 
     #[test]
     fn buffers_are_aligned_zeroed_and_of_the_length_asked_for() {
-        for len in [0, 1, 512, 4096, 4097, 1 << 20] {
+        for len in [0, 1, 512, 4096, 4097, 1 << 20, (2 << 20) + 1] {
             let mut buf = AlignedBuf::new(len);
             assert_eq!(buf.len(), len);
             assert_eq!(buf.as_ptr().addr() % ALIGN_BYTES, 0);
@@ -209,7 +288,7 @@ mod tests {
         assert_eq!(pool.free_counts()[0], 0);
         pool.put(detached);
         assert_eq!(pool.free_counts()[0], 1);
-        drop(pool.get(2 << 20));
+        drop(pool.get((2 << 20) + 1));
         assert_eq!(pool.free_counts(), [1, 1, 0, CLASSES[3].1]);
     }
 }

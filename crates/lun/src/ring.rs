@@ -5,6 +5,8 @@
 //!   ring waits for every I/O in flight before it frees its slots (`Drop`).
 //! * Never more I/Os in flight than the ring has entries: [`Ring::has_room`] says so, and a push without room is
 //!   refused with the buffer handed back.
+//! * A large I/O that is alone goes out in pieces, which the device does side by side; it is one I/O all the same: it
+//!   ends with its last piece, and with the first error of any.
 //! * Faults injected into the [`Lun`] apply before and after each I/O, as for the blocking calls.
 //!
 //! The LUN's file descriptor is registered, which spares a reference count per I/O. `DEFER_TASKRUN` is not used: with it
@@ -14,6 +16,7 @@ use crate::{AlignedBuf, IoOp, Lun, LunError};
 use csv_types::LunOffset;
 use io_uring::{IoUring, opcode, squeue, types};
 use rustix::io::Errno;
+use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -38,13 +41,30 @@ pub struct Refused {
     pub error: LunError,
 }
 
+/// From this length on a lone I/O is cut into pieces, and how many those are. They are whole blocks of every device.
+const CUT_FROM: u32 = 512 << 10;
+const PIECES: u32 = 4;
+const PIECE_ALIGN: u32 = 64 << 10;
+
 #[derive(Debug)]
 struct Slot {
     token: u64,
     buf: AlignedBuf,
     len: u32,
+    pieces_left: u32,
+    /// Bytes of the finished pieces, or the first error (negative).
+    result: i32,
     op: IoOp,
     offset: LunOffset,
+}
+
+impl Slot {
+    fn piece_done(&mut self, result: i32) {
+        self.pieces_left = self.pieces_left.saturating_sub(1);
+        if self.result >= 0 {
+            self.result = if result < 0 { result } else { self.result.saturating_add(result) };
+        }
+    }
 }
 
 /// Submission and completion rings on one LUN.
@@ -137,15 +157,28 @@ impl Ring {
             let error = self.lun.io_error(op, offset, Errno::AGAIN);
             return Err(Box::new(Refused { buf, error }));
         };
-        let fd = types::Fixed(0);
-        let pointer = buf.as_mut_ptr();
-        let entry = if write {
-            opcode::Write::new(fd, pointer.cast_const(), len32).offset(offset.0).build()
-        } else {
-            opcode::Read::new(fd, pointer, len32).offset(offset.0).build()
+        let alone = self.in_flight() == 1;
+        let piece_len = match alone && len32 >= CUT_FROM {
+            true => len32.div_ceil(PIECES).next_multiple_of(PIECE_ALIGN),
+            false => len32.max(1),
         };
-        self.slots[slot as usize] = Some(Slot { token, buf, len: len32, op, offset });
-        self.push_entry(&entry.user_data(u64::from(slot)));
+        let pieces = len32.div_ceil(piece_len).max(1);
+        let start = buf.as_mut_ptr();
+        self.slots[slot as usize] =
+            Some(Slot { token, buf, len: len32, pieces_left: pieces, result: 0, op, offset });
+        for piece in 0..pieces {
+            let at = piece * piece_len;
+            let len = piece_len.min(len32 - at);
+            let place = offset.0 + u64::from(at);
+            let pointer = start.wrapping_add(at as usize);
+            let fd = types::Fixed(0);
+            let entry = if write {
+                opcode::Write::new(fd, pointer.cast_const(), len).offset(place).build()
+            } else {
+                opcode::Read::new(fd, pointer, len).offset(place).build()
+            };
+            self.push_entry(&entry.user_data(u64::from(slot)));
+        }
         Ok(())
     }
 
@@ -211,7 +244,7 @@ impl Ring {
     ///
     /// # Errors
     /// Those of io_uring_enter(2).
-    pub fn completions(&mut self, out: &mut Vec<RingIo>) -> io::Result<()> {
+    pub fn completions(&mut self, out: &mut VecDeque<RingIo>) -> io::Result<()> {
         if self.in_flight() == 0 {
             return Ok(());
         }
@@ -225,17 +258,23 @@ impl Ring {
         Ok(())
     }
 
-    fn reap(&mut self, out: &mut Vec<RingIo>) {
+    fn reap(&mut self, out: &mut VecDeque<RingIo>) {
         let mut finished = self.uring.completion();
         finished.sync();
         for entry in finished {
             let Ok(index) = usize::try_from(entry.user_data()) else { continue };
-            let Some(slot) = self.slots.get_mut(index).and_then(Option::take) else { continue };
+            let Some(slot) = self.slots.get_mut(index) else { continue };
+            let Some(under_way) = slot else { continue };
+            under_way.piece_done(entry.result());
+            if under_way.pieces_left > 0 {
+                continue;
+            }
+            let Some(slot) = slot.take() else { continue };
             if let Ok(index) = u32::try_from(index) {
                 self.free.push(index);
             }
-            let result = outcome(&self.lun, &slot, entry.result());
-            out.push(RingIo { token: slot.token, buf: slot.buf, result });
+            let result = outcome(&self.lun, &slot, slot.result);
+            out.push_back(RingIo { token: slot.token, buf: slot.buf, result });
         }
     }
 }
@@ -268,7 +307,7 @@ impl AsFd for Ring {
 
 impl Drop for Ring {
     fn drop(&mut self) {
-        let mut out = Vec::new();
+        let mut out = VecDeque::new();
         while self.in_flight() > 0 {
             if self.wait().is_err() {
                 // The kernel still owns the buffers: leaking them is the only sound way out.
@@ -294,12 +333,41 @@ mod tests {
     }
 
     fn finish(ring: &mut Ring) -> RingIo {
-        let mut out = Vec::new();
+        let mut out = VecDeque::new();
         while out.is_empty() {
             ring.wait().unwrap();
             ring.completions(&mut out).unwrap();
         }
-        out.remove(0)
+        out.pop_front().unwrap()
+    }
+
+    #[test]
+    fn a_large_io_that_is_alone_is_cut_and_ends_once() {
+        let (file, lun) = lun(4 << 20);
+        let mut ring = Ring::new(lun, 4).unwrap();
+        let len = (1 << 20) + 4096;
+        let mut buf = AlignedBuf::new(len);
+        let bytes: Vec<u8> = (0..len).map(|at| u8::try_from(at / 4096 % 251).unwrap()).collect();
+        buf.copy_from_slice(&bytes);
+        ring.write(1, buf, len, LunOffset(8192)).unwrap();
+        assert_eq!(ring.slots.iter().flatten().map(|slot| slot.pieces_left).collect::<Vec<_>>(), [4]);
+        // Beside another one it is not cut.
+        ring.read(2, AlignedBuf::new(1 << 20), 1 << 20, LunOffset(2 << 20)).unwrap();
+        let first = finish(&mut ring);
+        let second = finish(&mut ring);
+        assert_eq!(first.token + second.token, 3);
+        first.result.unwrap();
+        second.result.unwrap();
+        ring.read(3, AlignedBuf::new(len), len, LunOffset(8192)).unwrap();
+        let done = finish(&mut ring);
+        done.result.unwrap();
+        assert!(done.buf[..len] == bytes[..]);
+
+        // The device is shorter than the last piece reaches: the I/O fails as a whole.
+        file.as_file().set_len(3 << 20).unwrap();
+        ring.read(4, AlignedBuf::new(1 << 20), 1 << 20, LunOffset((2 << 20) + (512 << 10))).unwrap();
+        assert!(matches!(finish(&mut ring).result, Err(LunError::Shrunk { .. })));
+        assert_eq!(ring.in_flight(), 0);
     }
 
     #[test]

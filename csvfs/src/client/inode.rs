@@ -48,6 +48,8 @@ pub(crate) struct FileIo {
     pub(crate) small_reads: u32,
     /// Space to ask for ahead of a sequential writer, in bytes.
     pub(crate) ahead: u64,
+    /// More space is being asked for, before what there is is used up.
+    pub(crate) asking_ahead: bool,
     /// End of the last write, to see sequential ones.
     pub(crate) last_end: u64,
     /// The file cannot be lent; ask again after this.

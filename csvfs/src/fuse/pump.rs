@@ -29,6 +29,7 @@ use csv_types::{ByteRange, LunOffset};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -39,6 +40,12 @@ use std::time::{Duration, Instant};
 const RING_ENTRIES: u32 = 256;
 /// Requests taken before completions are looked at again.
 const BATCH: usize = 64;
+/// From this size on an I/O is submitted and answered by itself and not with its batch, in bytes: copying its data takes
+/// as long as the LUN needs for it, and the LUN should have something to do meanwhile.
+const LARGE_BYTES: usize = 128 << 10;
+
+/// Up to this size the data of a write is copied once more, in bytes.
+const COPIED_BYTES_MAX: usize = 16 << 10;
 
 /// How long the pump looks for the next request before it sleeps. Waking a sleeping processor costs about as much in
 /// a virtual machine, so this is paid back at every queue depth (docs/decisions/004); a longer time is not.
@@ -79,7 +86,8 @@ pub(crate) struct Pump {
     ring: Option<Ring>,
     jobs: Vec<Option<Hot>>,
     free_jobs: Vec<usize>,
-    done: Vec<RingIo>,
+    /// Finished, and not answered yet.
+    done: VecDeque<RingIo>,
     segments: Vec<Segment>,
     /// The inode of the last request: most I/O comes in runs.
     last: Option<Arc<Inode>>,
@@ -113,7 +121,7 @@ impl Pump {
             ring: None,
             jobs: (0..RING_ENTRIES).map(|_| None).collect(),
             free_jobs: (0..RING_ENTRIES as usize).rev().collect(),
-            done: Vec::new(),
+            done: VecDeque::new(),
             segments: Vec::new(),
             last: None,
             last_replaced: 0,
@@ -141,6 +149,11 @@ impl Pump {
                         progress = true;
                         self.start_deferred_async();
                         self.request(&head, &mut payload, size);
+                        if self.deferred.as_ref().is_some_and(|hot| hot.block_len >= LARGE_BYTES) {
+                            self.start_deferred_async();
+                            self.submit();
+                            break;
+                        }
                         // The first after a sleep is most likely alone, and asking first would cost as much as it
                         // saves; at a greater depth the next one is found right behind it.
                         if std::mem::take(&mut self.woken) && self.is_idle() {
@@ -178,15 +191,15 @@ impl Pump {
 
     /// Is nothing in flight?
     fn is_idle(&self) -> bool {
-        self.ring.as_ref().is_none_or(|ring| ring.in_flight() == 0)
+        self.done.is_empty() && self.ring.as_ref().is_none_or(|ring| ring.in_flight() == 0)
     }
 
     fn over(&mut self, error: Errno) {
         if error != Errno::NODEV {
             tracing::error!(%error, "reading /dev/fuse failed; the mount ends");
         }
-        while self.ring.as_ref().is_some_and(|ring| ring.in_flight() > 0) {
-            if let Some(ring) = &mut self.ring {
+        while !self.is_idle() {
+            if let Some(ring) = self.ring.as_mut().filter(|_| self.done.is_empty()) {
                 let _ = ring.wait();
             }
             self.complete();
@@ -195,6 +208,16 @@ impl Pump {
 
     fn new_payload(&self) -> AlignedBuf {
         self.client.bufs.take(IO_BYTES_MAX)
+    }
+
+    /// What was received, to be kept: little data is copied, so that the place to receive stays in the cache.
+    fn payload_of(&self, payload: &mut AlignedBuf, len: usize) -> AlignedBuf {
+        if len > COPIED_BYTES_MAX {
+            return std::mem::replace(payload, self.new_payload());
+        }
+        let mut buf = self.client.bufs.take(len);
+        buf.copy_from_slice(&payload[..len]);
+        buf
     }
 
     fn sleep(&self) {
@@ -384,11 +407,11 @@ impl Pump {
             && sync == Sync::No
             && let Some(mut hot) = self.hot_write(header, io, &inode)
         {
-            hot.buf = std::mem::replace(payload, self.new_payload());
+            hot.buf = self.payload_of(payload, len);
             self.deferred = Some(hot);
             return;
         }
-        let buf = std::mem::replace(payload, self.new_payload());
+        let buf = self.payload_of(payload, len);
         self.slow_write(
             caller(header),
             inode,
@@ -404,7 +427,14 @@ impl Pump {
         if !range.start.is_multiple_of(block) || !range.end.is_multiple_of(block) {
             return None;
         }
-        let outcome = inode.io.lock().cache.begin_write(range, block, &mut self.segments);
+        let (outcome, ahead) = {
+            let mut io = inode.io.lock();
+            let outcome = io.cache.begin_write(range, block, &mut self.segments);
+            (outcome, io.wants_ahead(range.end))
+        };
+        if let Some(from) = ahead {
+            self.client.ask_ahead(inode, from);
+        }
         let token = self.plain_hit(inode, outcome)?;
         let [Segment { lun_offset: Some(place), .. }] = self.segments.as_slice() else {
             self.client.end_io(inode, token, false);
@@ -495,24 +525,34 @@ impl Pump {
     /// Submits what is queued and answers what is finished. True when something was.
     fn complete(&mut self) -> bool {
         let Some(ring) = &mut self.ring else { return false };
-        if ring.in_flight() == 0 {
-            return false;
-        }
-        if let Err(error) = ring.completions(&mut self.done) {
+        if self.done.is_empty()
+            && ring.in_flight() > 0
+            && let Err(error) = ring.completions(&mut self.done)
+        {
             tracing::error!(%error, "io_uring");
         }
-        let mut done = std::mem::take(&mut self.done);
-        let any = !done.is_empty();
-        for io in done.drain(..) {
+        let mut any = false;
+        while let Some(io) = self.done.pop_front() {
+            any = true;
             let slot = usize::try_from(io.token).unwrap_or(usize::MAX);
             if let Some(mut hot) = self.jobs.get_mut(slot).and_then(Option::take) {
                 self.free_jobs.push(slot);
                 hot.buf = io.buf;
+                let large = hot.len >= LARGE_BYTES;
                 self.finish(hot, io.result);
+                if large {
+                    break;
+                }
             }
         }
-        self.done = done;
         any
+    }
+
+    fn submit(&mut self) {
+        // What is not taken now stays queued for `complete`.
+        if let Some(Err(error)) = self.ring.as_mut().map(Ring::submit) {
+            tracing::debug!(%error, "io_uring does not take more now");
+        }
     }
 
     fn finish(&mut self, hot: Hot, result: Result<(), LunError>) {

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 
 /// How long a file that cannot be lent is left alone before the next try.
 const REDIRECT_HOLD: Duration = Duration::from_secs(5);
+/// Space asked for ahead of a sequential writer, at first and at most, in bytes.
+pub(super) const AHEAD_MIN: u64 = 4 << 20;
+const AHEAD_MAX: u64 = 64 << 20;
 /// Pause before a layout is asked for again when the coordinator has too many such requests for the file.
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
@@ -37,14 +40,7 @@ impl VolumeClient {
             want_ahead_bytes: ahead,
         });
         let receiver = inode.clone();
-        let on_reply = Box::new(move |reply: &proto::Reply| match &reply.body {
-            Some(Body::Grant(grant)) => receiver.io.lock().take_grant(grant),
-            Some(Body::Redirect(_)) => {
-                receiver.io.lock().redirected_until = Some(Instant::now() + REDIRECT_HOLD);
-            }
-            Some(Body::Attr(attr)) => receiver.io.lock().known_size = attr.size,
-            Some(_) | None => {}
-        });
+        let on_reply = Box::new(move |reply: &proto::Reply| receiver.io.lock().take_layout_reply(reply));
         match self.chan.call_with(caller, op, Some(on_reply), self.op_timeout) {
             Ok(_) => {
                 count(&self.counts.layouts_granted, 1);
@@ -63,6 +59,69 @@ impl VolumeClient {
             Err(error) => Err(error),
         }
     }
+
+    /// Asks for the end-of-file right and space up to the end of `range`, or waits for the answer to somebody else who
+    /// does: several writes of one sequential writer come here together, and each would have space made for it alone.
+    ///
+    /// # Errors
+    /// As [`VolumeClient::get_layout`]; EINTR.
+    pub(super) fn get_end(&self, caller: Caller, inode: &Arc<Inode>, range: ByteRange) -> Result<(), Errno> {
+        if std::mem::replace(&mut inode.io.lock().asking_ahead, true) {
+            return self.wait_asked(caller, inode);
+        }
+        let outcome = self.get_layout(caller, inode, range, Access::Exclusive, true);
+        self.asked(inode);
+        outcome
+    }
+
+    /// The request for space is answered, and so far nobody else asks: the next one may.
+    fn asked(&self, inode: &Inode) {
+        inode.io.lock().asking_ahead = false;
+        self.modes.wake();
+    }
+
+    /// Ends at the latest with the time-out of the request that is under way.
+    fn wait_asked(&self, caller: Caller, inode: &Inode) -> Result<(), Errno> {
+        let interrupted = std::cell::Cell::new(false);
+        self.modes.wait_change(self.modes.kind(), || {
+            interrupted.set(interrupted.get() || self.chan.take_interrupt(caller.request));
+            interrupted.get() || !inode.io.lock().asking_ahead
+        });
+        if interrupted.get() { Err(Errno::INTR) } else { Ok(()) }
+    }
+
+    /// Asks for more space behind a file whose writer will soon need it; nobody waits for that.
+    pub(crate) fn ask_ahead(self: &Arc<Self>, inode: &Arc<Inode>, from: u64) {
+        let want_ahead_bytes = inode.io.lock().ahead;
+        let op = Op::LayoutGet(proto::LayoutGet {
+            file: Some(inode.file.into()),
+            offset: from,
+            len: 1,
+            access: proto::Access::Exclusive.into(),
+            extend: true,
+            want_ahead_bytes,
+        });
+        let (client, receiver) = (self.clone(), inode.clone());
+        let done = Box::new(move |outcome: Result<proto::Reply, Errno>| {
+            // What went wrong the writer finds out when it asks itself.
+            if let Ok(reply) = outcome {
+                receiver.io.lock().take_layout_reply(&reply);
+                if reply.errno == 0 {
+                    count(&client.counts.layouts_granted, 1);
+                    client.meta.changed(&[receiver.file], &[]);
+                }
+            }
+            client.asked(&receiver);
+        });
+        if self.chan.start(Caller::default(), op, done).is_err() {
+            self.asked(inode);
+        }
+    }
+}
+
+/// Space to ask for ahead of a writer that goes on, after this much, in bytes.
+pub(super) fn next_ahead(ahead: u64) -> u64 {
+    (ahead * 4).clamp(AHEAD_MIN, AHEAD_MAX)
 }
 
 fn wire_access(access: Access) -> proto::Access {
@@ -83,6 +142,29 @@ fn access_of(wire: i32) -> Access {
 }
 
 impl FileIo {
+    /// What the answer to a request for a layout says.
+    fn take_layout_reply(&mut self, reply: &proto::Reply) {
+        match &reply.body {
+            Some(Body::Grant(grant)) => self.take_grant(grant),
+            Some(Body::Redirect(_)) => self.redirected_until = Some(Instant::now() + REDIRECT_HOLD),
+            Some(Body::Attr(attr)) => self.known_size = attr.size,
+            Some(_) | None => {}
+        }
+    }
+
+    /// A write up to `end` under the end-of-file right: from where on space is to be asked for now, so that a writer
+    /// that goes on never waits for it. The caller asks.
+    pub(crate) fn wants_ahead(&mut self, end: u64) -> Option<u64> {
+        self.last_end = end;
+        let eof = self.cache.eof()?;
+        if self.asking_ahead || end <= eof.size || eof.alloc_end.saturating_sub(end) >= self.ahead {
+            return None;
+        }
+        self.asking_ahead = true;
+        self.ahead = next_ahead(self.ahead);
+        Some(eof.alloc_end)
+    }
+
     /// Takes a grant into the cache.
     pub(crate) fn take_grant(&mut self, grant: &proto::LayoutGrant) {
         let extents: Vec<Extent> = grant

@@ -1,5 +1,6 @@
 //! Writing.
 
+use super::layout::{AHEAD_MIN, next_ahead};
 use super::{Blocks, ROUNDS_MAX, SMALL_WRITE_MAX, SMB_BYTES_MAX, Step, Way, WriteAt};
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
@@ -16,11 +17,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// A write this close to the end of the last one counts as sequential, in bytes.
+const SEQUENTIAL_BYTES: u64 = 16 << 20;
 /// After so many small bytes written, a layout is asked for.
 const SMALL_WRITTEN_MAX: u64 = 256 << 10;
-/// Space asked for ahead of a sequential writer, at first and at most, in bytes.
-const AHEAD_MIN: u64 = 1 << 20;
-const AHEAD_MAX: u64 = 64 << 20;
 
 impl VolumeClient {
     /// Writes all of the data.
@@ -104,8 +104,9 @@ impl VolumeClient {
             if small {
                 io.small_written += write.data.len() as u64;
             }
-            if io.last_end == range.start {
-                io.ahead = (io.ahead * 2).clamp(AHEAD_MIN, AHEAD_MAX);
+            // Several writes of one sequential writer are in flight, and come here in any order.
+            if io.last_end.abs_diff(range.start) <= SEQUENTIAL_BYTES {
+                io.ahead = next_ahead(io.ahead);
             } else {
                 io.ahead = AHEAD_MIN;
             }
@@ -115,8 +116,12 @@ impl VolumeClient {
         if small {
             return self.write_by_call(caller, inode, write).map(Step::Done);
         }
-        let access = if whole && !extend { Access::Write } else { Access::Exclusive };
-        self.get_layout(caller, inode, range, access, extend)?;
+        if extend {
+            self.get_end(caller, inode, range)?;
+        } else {
+            let access = if whole { Access::Write } else { Access::Exclusive };
+            self.get_layout(caller, inode, range, access, false)?;
+        }
         Ok(Step::Again)
     }
 
