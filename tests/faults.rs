@@ -238,7 +238,9 @@ fn coordinator_killed() -> anyhow::Result<()> {
 /// Ctrl-C on a command that waits for the coordinator ends it at once.
 fn interrupt(lab: &Lab) -> anyhow::Result<()> {
     let mut command = lab.command("n3");
-    command.args(["mkdir", &format!("{MOUNT}/interrupted")]).stdin(Stdio::null()).stderr(Stdio::null());
+    // Who starts this suite in the background has SIGINT ignored, and that is inherited.
+    command.args(["env", "--default-signal=INT", "mkdir", &format!("{MOUNT}/interrupted")]);
+    command.stdin(Stdio::null()).stderr(Stdio::null());
     let mut mkdir = command.spawn().context("starting mkdir")?;
     // It waits when its process sleeps inside the call.
     wait::until("mkdir to wait for the coordinator", DEADLINE, || {

@@ -103,7 +103,7 @@ impl Coordinator {
             Op::LayoutReclaim(op) => self.layout_reclaim(call, op),
             Op::Getlk(op) => self.getlk(call, op),
             Op::Setlk(op) => self.setlk(call, op),
-            Op::Fsync(op) => self.fsync(op).await,
+            Op::Fsync(op) => self.fsync(call, op).await,
             Op::AdminOrder(op) => Ok(self.order_from(call.at.node, op)),
             Op::Readlink(op) => Ok(data(self.fs.readlink(csv_proto::file_id(op.file)?)?)),
             Op::Statfs(_) => Ok(reply::Body::Statfs(self.fs.statfs()?).into()),

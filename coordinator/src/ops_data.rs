@@ -249,11 +249,16 @@ impl Coordinator {
         self.counted(call, dst, copied).await
     }
 
-    pub(crate) async fn fsync(&self, op: Fsync) -> Result<Done, Fail> {
+    pub(crate) async fn fsync(&self, call: &Call, op: Fsync) -> Result<Done, Fail> {
         let file = file_id(op.file)?;
         if op.dir {
             self.fs.fsync_dir(file)?;
         } else {
+            // What other nodes write through this one, its own csvfs writes, and knows the time.
+            let own = self.options.own_node;
+            if call.at.node != own && !op.datasync {
+                self.query_writers_that(file, |node| node == own).await;
+            }
             self.flush(file).await?;
             self.fs.fsync(file, op.datasync)?;
         }

@@ -79,6 +79,11 @@ impl Coordinator {
 
     /// Asks everybody but `except` who may have written the file for its size and time, and waits for the answers.
     pub(crate) async fn query_writers(&self, file: FileId, except: Option<NodeId>) {
+        self.query_writers_that(file, |node| Some(node) != except).await;
+    }
+
+    /// As `query_writers`, only those that are `asked`.
+    pub(crate) async fn query_writers_that(&self, file: FileId, asked: impl Fn(NodeId) -> bool) {
         let waits: Vec<Wait> = {
             let core = &mut *self.core.lock();
             let mut nodes: Vec<NodeId> = core
@@ -87,7 +92,7 @@ impl Coordinator {
                 .filter(|(_, _, access, _)| *access != csv_layout::Access::Read)
                 .map(|(node, ..)| node)
                 .chain(core.files.get(&file).and_then(|state| state.eof).map(|eof| eof.node))
-                .filter(|node| Some(*node) != except)
+                .filter(|node| asked(*node))
                 .collect();
             nodes.sort_unstable();
             nodes.dedup();

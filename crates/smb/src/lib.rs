@@ -11,6 +11,7 @@
 //! ([`error::Outcome`]); nothing is reported as done that the server has not confirmed.
 
 pub mod error;
+pub mod jobs;
 pub mod names;
 pub mod pool;
 mod pool_config;

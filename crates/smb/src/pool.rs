@@ -9,15 +9,17 @@
 //! write whose connection broke, and anything without an answer in time, is reported as unknown.
 
 pub use crate::error::SmbError;
+use crate::jobs::{Flight, Job};
 pub use crate::pool_config::PoolConfig;
 use crate::pool_config::write_client_config;
 use crate::wire::{DATA_BYTES_MAX, Op, Request, StatVfs};
 use crate::worker::{CallError, Worker};
 use parking_lot::{Condvar, Mutex};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// Callers that wait for a worker at one time.
@@ -45,35 +47,42 @@ pub struct Counters {
 }
 
 #[derive(Debug, Default)]
-struct Counts {
-    read_bytes: AtomicU64,
-    written_bytes: AtomicU64,
-    ops: AtomicU64,
+pub(crate) struct Counts {
+    pub(crate) read_bytes: AtomicU64,
+    pub(crate) written_bytes: AtomicU64,
+    pub(crate) ops: AtomicU64,
     spawns: AtomicU64,
-    kills: AtomicU64,
+    pub(crate) kills: AtomicU64,
 }
 
 /// What a waiting caller is given.
 #[derive(Debug)]
-enum Turn {
+pub(crate) enum Turn {
     Worker(Worker),
     /// A place for a new worker.
     Place,
 }
 
 #[derive(Debug, Default)]
-struct Ticket {
+pub(crate) struct Ticket {
     turn: Mutex<Option<Turn>>,
     came: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+pub(crate) struct State {
     /// Most recently used last.
-    idle: Vec<Worker>,
+    pub(crate) idle: Vec<Worker>,
     /// Places taken: workers that are idle, busy or being started.
-    places: usize,
-    queue: VecDeque<Arc<Ticket>>,
+    pub(crate) places: usize,
+    pub(crate) queue: VecDeque<Arc<Ticket>>,
+    /// Workers with a job, by their keys.
+    pub(crate) flights: HashMap<u64, Flight>,
+    /// Jobs that wait for a worker, and until when.
+    pub(crate) jobs: VecDeque<(Job, Instant)>,
+    /// What the receiver waits on; without one there are no jobs.
+    pub(crate) receiver: Option<Arc<OwnedFd>>,
+    last_key: u64,
     /// Number of the last entry of `closings`.
     closing: u64,
     closings: VecDeque<Arc<str>>,
@@ -82,10 +91,12 @@ struct State {
 /// The pool. Dropping it ends its workers.
 #[derive(Debug)]
 pub struct SmbPool {
-    config: PoolConfig,
+    pub(crate) config: PoolConfig,
     server: String,
-    state: Mutex<State>,
-    counts: Counts,
+    pub(crate) state: Mutex<State>,
+    pub(crate) counts: Counts,
+    /// Workers with a job, for those who only look.
+    pub(crate) flying: AtomicUsize,
 }
 
 /// A place in the pool. When it goes without its worker, the place becomes free.
@@ -126,7 +137,13 @@ impl SmbPool {
         write_client_config(&config)?;
         let server = SocketAddr::new(config.server, config.port).to_string();
         let config = PoolConfig { workers: config.workers.max(1), ..config };
-        Ok(SmbPool { config, server, state: Mutex::default(), counts: Counts::default() })
+        Ok(SmbPool {
+            config,
+            server,
+            state: Mutex::default(),
+            counts: Counts::default(),
+            flying: AtomicUsize::new(0),
+        })
     }
 
     /// Reads at `offset`; fewer bytes than asked for mean the end of the file.
@@ -225,6 +242,11 @@ impl SmbPool {
         }
     }
 
+    /// Address and port of the server.
+    pub(crate) fn server(&self) -> &str {
+        &self.server
+    }
+
     /// Counters since the pool was made.
     #[must_use]
     pub fn counters(&self) -> Counters {
@@ -313,8 +335,15 @@ impl SmbPool {
                 Turn::Place => {
                     let mut seat = Seat { pool: self, worker: None };
                     self.counts.spawns.fetch_add(1, Ordering::Relaxed);
-                    let mut worker = Worker::start(&self.config)?;
-                    worker.closings_seen = self.state.lock().closing;
+                    let key = {
+                        let mut state = self.state.lock();
+                        state.last_key += 1;
+                        state.last_key
+                    };
+                    let mut worker = Worker::start(&self.config, key)?;
+                    let state = self.state.lock();
+                    worker.closings_seen = state.closing;
+                    drop(state);
                     seat.worker = Some(worker);
                     return Ok(seat);
                 }
@@ -389,7 +418,7 @@ impl SmbPool {
     }
 
     /// Gives a worker or a place to the caller who waits longest, or puts it back.
-    fn hand_on(&self, turn: Turn) {
+    pub(crate) fn hand_on(&self, turn: Turn) {
         let mut state = self.state.lock();
         if let Some(ticket) = state.queue.pop_front() {
             *ticket.turn.lock() = Some(turn);
@@ -397,7 +426,7 @@ impl SmbPool {
             return;
         }
         match turn {
-            Turn::Worker(worker) => state.idle.push(worker),
+            Turn::Worker(worker) => self.next_job(state, worker),
             Turn::Place => state.places -= 1,
         }
     }

@@ -150,6 +150,12 @@ impl Request {
 }
 
 impl Reply {
+    /// See [`FLAG_BROKEN`].
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.flags & FLAG_BROKEN != 0
+    }
+
     /// As bytes.
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_BYTES] {

@@ -6,6 +6,7 @@
 use crate::error::SmbError;
 use crate::pool::PoolConfig;
 use crate::wire::{Connect, FLAG_BROKEN, FLAG_WRITE, HEADER_BYTES, Op, Reply, Request};
+use rustix::event::epoll;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -42,14 +43,19 @@ struct OpenFile {
 /// One process.
 #[derive(Debug)]
 pub(crate) struct Worker {
+    /// Its number in the pool.
+    pub(crate) key: u64,
     child: Child,
-    socket: UnixStream,
+    /// Shared with the pool's receiver, which must not hold the pool's lock while it reads.
+    socket: Arc<UnixStream>,
     timeout: Duration,
     next_id: u64,
     /// Most recently used first.
     files: Vec<OpenFile>,
     /// The last closing (see the pool) that this worker has seen.
     pub(crate) closings_seen: u64,
+    /// The receiver hears of what comes from it.
+    watched: bool,
 }
 
 impl Worker {
@@ -57,7 +63,7 @@ impl Worker {
     ///
     /// # Errors
     /// `Program`, `Auth` or `Unavailable`.
-    pub(crate) fn start(config: &PoolConfig) -> Result<Self, SmbError> {
+    pub(crate) fn start(config: &PoolConfig, key: u64) -> Result<Self, SmbError> {
         let program = |source| SmbError::Program { program: config.program.clone(), source };
         let (ours, theirs) = UnixStream::pair().map_err(program)?;
         for socket in [&ours, &theirs] {
@@ -76,12 +82,14 @@ impl Worker {
             .spawn()
             .map_err(program)?;
         let mut worker = Worker {
+            key,
             child,
-            socket: ours,
+            socket: Arc::new(ours),
             timeout: config.op_timeout,
             next_id: 0,
             files: Vec::new(),
             closings_seen: 0,
+            watched: false,
         };
         worker.connect(config)?;
         Ok(worker)
@@ -157,7 +165,7 @@ impl Worker {
         while sent < HEADER_BYTES + payload.len() {
             let head = &header[sent.min(HEADER_BYTES)..];
             let tail = &payload[sent.saturating_sub(HEADER_BYTES)..];
-            match self.socket.write_vectored(&[IoSlice::new(head), IoSlice::new(tail)]) {
+            match (&*self.socket).write_vectored(&[IoSlice::new(head), IoSlice::new(tail)]) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(part) => sent += part,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -179,7 +187,7 @@ impl Worker {
                 IoSliceMut::new(&mut header[got.min(HEADER_BYTES)..]),
                 IoSliceMut::new(&mut out[filled..]),
             ];
-            match self.socket.read_vectored(parts) {
+            match (&*self.socket).read_vectored(parts) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(part) => got += part,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -214,12 +222,41 @@ impl Worker {
         self.files.iter().any(|file| &*file.path == path && (file.write || !write))
     }
 
+    /// Slot of the file, if it is open in a way that serves.
+    pub(crate) fn open_slot(&mut self, path: &str, write: bool) -> Option<u32> {
+        let at = self.files.iter().position(|file| &*file.path == path && (file.write || !write))?;
+        self.files[..=at].rotate_right(1);
+        self.files.first().map(|file| file.slot)
+    }
+
+    /// Sends a request whose reply the pool's receiver takes. False when it did not go in one piece.
+    pub(crate) fn send_now(&self, request: &Request, payload: &[u8]) -> bool {
+        crate::jobs::send_now(&self.socket, &request.encode(), payload)
+    }
+
+    pub(crate) fn socket(&self) -> Arc<UnixStream> {
+        self.socket.clone()
+    }
+
+    /// From now on the receiver hears of what comes from this worker. False when that cannot be.
+    pub(crate) fn watch(&mut self, poll: &OwnedFd) -> bool {
+        if self.watched {
+            return true;
+        }
+        let data = epoll::EventData::new_u64(self.key);
+        // Edge-triggered: what a blocking call reads is of no interest there.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        match epoll::add(poll, &*self.socket, data, flags) {
+            Ok(()) => self.watched = true,
+            Err(error) => tracing::error!(%error, "an SMB worker cannot be watched"),
+        }
+        self.watched
+    }
+
     /// Slot of the file, opened when needed.
     pub(crate) fn slot(&mut self, path: &str, write: bool) -> Result<u32, CallError> {
-        let found = self.files.iter().position(|file| &*file.path == path && (file.write || !write));
-        if let Some(at) = found {
-            self.files[..=at].rotate_right(1);
-            return Ok(self.files[0].slot);
+        if let Some(slot) = self.open_slot(path, write) {
+            return Ok(slot);
         }
         let slot = if self.files.len() < OPEN_FILES_MAX {
             let used = |slot: u32| self.files.iter().any(|file| file.slot == slot);

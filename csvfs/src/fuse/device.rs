@@ -70,6 +70,19 @@ impl Device {
         self.send(&[IoSlice::new(&head), IoSlice::new(data)]);
     }
 
+    /// As `reply`, with data that lies in several places.
+    pub(crate) fn reply_parts(&self, unique: u64, parts: &[&[u8]]) {
+        let head = abi::out_header(unique, 0, parts.iter().map(|part| part.len()).sum());
+        let parts: Vec<IoSlice<'_>> =
+            std::iter::once(&head[..]).chain(parts.iter().copied()).map(IoSlice::new).collect();
+        self.send(&parts);
+    }
+
+    /// Answers a write.
+    pub(crate) fn wrote(&self, unique: u64, len: usize) {
+        self.reply(unique, &abi::write_out(u32::try_from(len).unwrap_or(u32::MAX)));
+    }
+
     /// Sends an error.
     pub(crate) fn error(&self, unique: u64, errno: Errno) {
         let head = abi::out_header(unique, errno.raw_os_error(), 0);

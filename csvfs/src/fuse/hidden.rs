@@ -2,21 +2,22 @@
 //!
 //! * `block-<token>` stands for the LUN: block-redirected I/O by LUN offset. Every access is checked against the
 //!   layouts of the node whose session the token is, and holds off recalls while it lasts.
-//! * `file-<token>-<ino>-<generation>` is a file by its id: fs-redirected I/O by file offset, through the
-//!   coordinator's file system.
+//! * `file-<token>-<ino>-<generation>` is a file by its id: fs-redirected I/O by file offset. The coordinator's node does
+//!   it as its own, under its own layouts; but a write that is more than an overwrite of whole blocks goes through the
+//!   file system, whose page cache outlives this process: what was acknowledged must not go with it.
 //!
 //! The directory cannot be listed, its names cannot be guessed (the token has 128 random bits), and it is root's
 //! alone. It does not exist on nodes that do not coordinate the volume.
 
 use crate::client::VolumeClient;
+use crate::client::attrs::attr_of;
 use crate::client::channel::Caller;
-use csv_coordinator::Coordinator;
+use crate::client::data::WriteAt;
+use crate::client::inode::Inode;
+use csv_coordinator::{BlockGuard, Coordinator};
 use csv_lun::Lun;
-use csv_proto as proto;
 use csv_types::{ByteRange, FileId, LunOffset};
 use parking_lot::{Condvar, Mutex};
-use proto::call::Op;
-use proto::reply::Body;
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,13 +33,28 @@ const ENTRIES_MAX: usize = 65_536;
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Entry {
-    Block(String),
-    File(String, FileId),
+    Block(Arc<str>),
+    File(Arc<str>, FileId),
+}
+
+/// A block I/O that may go to the LUN now, and holds everybody else off as long as it lives.
+#[derive(Debug)]
+pub(crate) struct BlockIo {
+    // Fields are dropped in this order: the next write may come only when this one holds nothing any more.
+    _guard: BlockGuard,
+    _turn: Option<Turn>,
+}
+
+#[derive(Debug)]
+struct Known {
+    entry: Entry,
+    /// References of the kernel. While there are any, an entry that is a file has one to the file's inode.
+    lookups: u64,
 }
 
 #[derive(Debug, Default)]
 struct Entries {
-    by_node: HashMap<u64, Entry>,
+    by_node: HashMap<u64, Known>,
     by_entry: HashMap<Entry, u64>,
     next: u64,
 }
@@ -54,7 +70,7 @@ struct Owner {
     coordinator: Arc<Coordinator>,
     client: Arc<VolumeClient>,
     lun: Arc<Lun>,
-    writing: Writing,
+    writing: Arc<Writing>,
 }
 
 /// Block writes under way. A write waits for those that it overlaps: a node repeats a write whose outcome it does
@@ -66,24 +82,35 @@ struct Writing {
 }
 
 /// Ends with the write.
-struct Turn<'a> {
-    writing: &'a Writing,
+#[derive(Debug)]
+struct Turn {
+    writing: Arc<Writing>,
     range: ByteRange,
 }
 
 impl Writing {
     /// Waits for as long as the LUN needs for the writes before.
-    fn turn(&self, range: ByteRange) -> Turn<'_> {
+    fn turn(self: &Arc<Self>, range: ByteRange) -> Turn {
         let mut ranges = self.ranges.lock();
         while ranges.iter().any(|other| other.overlaps(&range)) {
             self.changed.wait(&mut ranges);
         }
         ranges.push(range);
-        Turn { writing: self, range }
+        Turn { writing: self.clone(), range }
+    }
+
+    /// The turn, if there is nobody to wait for.
+    fn turn_now(self: &Arc<Self>, range: ByteRange) -> Option<Turn> {
+        let mut ranges = self.ranges.lock();
+        if ranges.iter().any(|other| other.overlaps(&range)) {
+            return None;
+        }
+        ranges.push(range);
+        Some(Turn { writing: self.clone(), range })
     }
 }
 
-impl Drop for Turn<'_> {
+impl Drop for Turn {
     fn drop(&mut self) {
         let mut ranges = self.writing.ranges.lock();
         if let Some(at) = ranges.iter().position(|range| *range == self.range) {
@@ -114,7 +141,7 @@ impl Hidden {
     }
 
     pub(crate) fn new(coordinator: Arc<Coordinator>, client: Arc<VolumeClient>, lun: Arc<Lun>) -> Hidden {
-        let owner = Owner { coordinator, client, lun, writing: Writing::default() };
+        let owner = Owner { coordinator, client, lun, writing: Arc::default() };
         Hidden { owner: Some(owner), entries: Mutex::default() }
     }
 
@@ -141,28 +168,71 @@ impl Hidden {
             Entry::Block(token) | Entry::File(token, _) => token,
         };
         owner.coordinator.token_node(token).ok_or(Errno::NOENT)?;
-        let nodeid = self.number(&entry);
-        self.attr(nodeid)
+        let nodeid = self.number(owner, &entry);
+        self.attr(nodeid).inspect_err(|_| self.forget(nodeid, 1))
     }
 
-    fn number(&self, entry: &Entry) -> u64 {
-        let mut entries = self.entries.lock();
-        if let Some(nodeid) = entries.by_entry.get(entry) {
+    fn number(&self, owner: &Owner, entry: &Entry) -> u64 {
+        let entries = &mut *self.entries.lock();
+        if let Some(nodeid) = entries.by_entry.get(entry)
+            && let Some(known) = entries.by_node.get_mut(nodeid)
+        {
+            known.lookups += 1;
             return *nodeid;
         }
         if entries.by_node.len() >= ENTRIES_MAX {
-            entries.by_node.clear();
             entries.by_entry.clear();
+            entries.by_node.drain().for_each(|(_, known)| owner.release(&known.entry));
+        }
+        if let Entry::File(_, file) = entry {
+            owner.client.inodes.reference(*file);
         }
         entries.next += 1;
         let nodeid = HIDDEN | entries.next;
         entries.by_entry.insert(entry.clone(), nodeid);
-        entries.by_node.insert(nodeid, entry.clone());
+        entries.by_node.insert(nodeid, Known { entry: entry.clone(), lookups: 1 });
         nodeid
     }
 
+    /// The kernel drops references.
+    pub(crate) fn forget(&self, nodeid: u64, count: u64) {
+        let Some(owner) = &self.owner else { return };
+        let gone = {
+            let entries = &mut *self.entries.lock();
+            let Some(known) = entries.by_node.get_mut(&nodeid) else { return };
+            known.lookups = known.lookups.saturating_sub(count);
+            if known.lookups > 0 {
+                return;
+            }
+            let gone = entries.by_node.remove(&nodeid);
+            if let Some(known) = &gone {
+                entries.by_entry.remove(&known.entry);
+            }
+            gone
+        };
+        if let Some(known) = gone {
+            owner.release(&known.entry);
+        }
+    }
+
     fn entry(&self, nodeid: u64) -> Result<Entry, Errno> {
-        self.entries.lock().by_node.get(&nodeid).cloned().ok_or(Errno::STALE)
+        self.entries.lock().by_node.get(&nodeid).map(|known| known.entry.clone()).ok_or(Errno::STALE)
+    }
+
+    /// The inode that a hidden file stands for, if the node that asks has a session now. `None`: it stands for the LUN.
+    ///
+    /// # Errors
+    /// EACCES without a session, ESTALE for a file that nobody looked up.
+    pub(crate) fn inode(&self, nodeid: u64) -> Result<Option<Arc<Inode>>, Errno> {
+        let owner = self.owner()?;
+        match self.entry(nodeid)? {
+            Entry::Block(_) => Ok(None),
+            Entry::File(token, file) => {
+                owner.coordinator.token_node(&token).ok_or(Errno::ACCESS)?;
+                // Looked up each time: the number may have been given to another file.
+                owner.client.inodes.by_file(file).map(Some).ok_or(Errno::STALE)
+            }
+        }
     }
 
     /// Attributes by number.
@@ -173,26 +243,60 @@ impl Hidden {
         }
         let size = match self.entry(nodeid)? {
             Entry::Block(_) => owner.lun.capacity_bytes(),
-            Entry::File(_, file) => owner.attr(file)?.size,
+            Entry::File(_, file) => owner.size(file)?,
         };
         Ok(HiddenAttr { nodeid, size, directory: false })
     }
 
-    /// Reads.
-    pub(crate) fn read(&self, nodeid: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        let owner = self.owner()?;
-        match self.entry(nodeid)? {
-            Entry::Block(token) => owner.read_block(&token, offset, len),
-            Entry::File(token, file) => owner.read_file(&token, file, offset, len),
+    /// The right to read or write these blocks of the LUN without waiting for anybody, for the hot path. `None`: it is
+    /// another kind of file, or the blocking way has to look.
+    pub(crate) fn block_io(&self, nodeid: u64, range: ByteRange, write: bool) -> Option<BlockIo> {
+        let owner = self.owner.as_ref()?;
+        let token = match &self.entries.lock().by_node.get(&nodeid)?.entry {
+            Entry::Block(token) => token.clone(),
+            Entry::File(..) => return None,
+        };
+        let block = u64::from(owner.lun.logical_block_bytes());
+        if range.is_empty()
+            || range.end > owner.lun.capacity_bytes()
+            || write && range.align_out(block) != range
+        {
+            return None;
+        }
+        let turn = if write { Some(owner.writing.turn_now(range)?) } else { None };
+        let guard = owner.coordinator.block_begin(&token, range.start, range.len(), write).ok()?;
+        Some(BlockIo { _guard: guard, _turn: turn })
+    }
+
+    /// A block I/O failed on the LUN.
+    pub(crate) fn block_failed(&self, error: &csv_lun::LunError) {
+        if let Some(owner) = &self.owner {
+            owner.failed(error);
         }
     }
 
-    /// Writes.
+    /// Reads; may block.
+    pub(crate) fn read(&self, nodeid: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
+        let owner = self.owner()?;
+        if let Some(inode) = self.inode(nodeid)? {
+            return owner.client.read(Caller::default(), &inode, offset, len);
+        }
+        match self.entry(nodeid)? {
+            Entry::Block(token) => owner.read_block(&token, offset, len),
+            Entry::File(..) => Err(Errno::STALE),
+        }
+    }
+
+    /// Writes; may block.
     pub(crate) fn write(&self, nodeid: u64, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let owner = self.owner()?;
+        if let Some(inode) = self.inode(nodeid)? {
+            let write = WriteAt { offset, data, append: false, kill_setid: false, for_other: true };
+            return owner.client.write(Caller::default(), &inode, write);
+        }
         match self.entry(nodeid)? {
             Entry::Block(token) => owner.write_block(&token, offset, data),
-            Entry::File(token, file) => owner.write_file(&token, file, offset, data),
+            Entry::File(..) => Err(Errno::STALE),
         }
     }
 
@@ -201,20 +305,28 @@ impl Hidden {
         let owner = self.owner()?;
         match self.entry(nodeid)? {
             Entry::Block(_) => owner.lun.flush().map_err(|_| Errno::IO),
-            Entry::File(_, file) => {
-                let op = Op::Fsync(proto::Fsync { file: Some(file.into()), datasync: false, dir: false });
-                owner.client.chan.call(Caller::default(), op).map(|_| ())
-            }
+            Entry::File(..) => match self.inode(nodeid)? {
+                Some(inode) => owner.client.fsync(Caller::default(), &inode, false),
+                None => Err(Errno::STALE),
+            },
         }
     }
 }
 
 impl Owner {
-    fn attr(&self, file: FileId) -> Result<proto::Attr, Errno> {
-        let op = Op::Getattr(proto::GetAttr { file: Some(file.into()) });
-        match self.client.chan.call(Caller::default(), op)?.body {
-            Some(Body::Attr(attr)) => Ok(attr),
-            Some(_) | None => Err(Errno::PROTO),
+    fn size(&self, file: FileId) -> Result<u64, Errno> {
+        let inode = self.client.inodes.by_file(file).ok_or(Errno::STALE)?;
+        let reply = self.client.chan.call(Caller::default(), VolumeClient::getattr_op(&inode))?;
+        Ok(self.client.note(&inode, &attr_of(&reply)?).size)
+    }
+
+    /// An entry that the kernel referenced is gone.
+    fn release(&self, entry: &Entry) {
+        if let Entry::File(_, file) = entry
+            && let Some(inode) = self.client.inodes.by_file(*file)
+            && let Some(unused) = self.client.inodes.forget(inode.nodeid, 1)
+        {
+            self.client.forgotten(&unused);
         }
     }
 
@@ -245,41 +357,15 @@ impl Owner {
         self.client.events.report("block-service-error", error.to_string());
         Errno::IO
     }
-
-    fn read_file(&self, token: &str, file: FileId, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        self.coordinator.token_node(token).ok_or(Errno::ACCESS)?;
-        let len = u32::try_from(len).map_err(|_| Errno::INVAL)?;
-        let op = Op::Read(proto::Read { file: Some(file.into()), offset, len });
-        match self.client.chan.call(Caller::default(), op)?.body {
-            Some(Body::Data(data)) => Ok(data.data.into()),
-            Some(_) | None => Err(Errno::PROTO),
-        }
-    }
-
-    fn write_file(&self, token: &str, file: FileId, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        self.coordinator.token_node(token).ok_or(Errno::ACCESS)?;
-        let op = Op::Write(proto::Write {
-            file: Some(file.into()),
-            offset,
-            data: bytes::Bytes::copy_from_slice(data),
-            append: false,
-            kill_suidgid: false,
-            sync: false,
-        });
-        let outcome = self.client.chan.call(Caller::default(), op);
-        // To the coordinator this is a write of this node, whose own lease stays: the reply tells it what is new.
-        self.client.meta.changed(&[file], &[]);
-        outcome.map(|_| ())
-    }
 }
 
 fn parse(name: &[u8]) -> Option<Entry> {
     let name = std::str::from_utf8(name).ok()?;
     if let Some(token) = name.strip_prefix("block-") {
-        return Some(Entry::Block(token.to_owned()));
+        return Some(Entry::Block(token.into()));
     }
     let mut parts = name.strip_prefix("file-")?.split('-');
-    let token = parts.next()?.to_owned();
+    let token = parts.next()?.into();
     let ino = parts.next()?.parse().ok()?;
     let generation = parts.next()?.parse().ok()?;
     parts.next().is_none().then_some(Entry::File(token, FileId { ino, generation }))
@@ -301,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_repeated_write_waits_for_its_first_try() {
-        let writing = Writing::default();
+        let writing = Arc::new(Writing::default());
         let first = writing.turn(ByteRange::new(0, 8192));
         let _elsewhere = writing.turn(ByteRange::new(8192, 12288));
         let order = Mutex::new(Vec::new());
@@ -315,6 +401,7 @@ mod tests {
                 std::thread::yield_now();
             }
             order.lock().push("first");
+            assert!(writing.turn_now(ByteRange::new(0, 4096)).is_none());
             drop(first);
         });
         assert_eq!(*order.lock(), ["first", "second"]);

@@ -12,9 +12,12 @@ pub(crate) mod abi;
 pub(crate) mod device;
 pub(crate) mod fs;
 pub(crate) mod hidden;
+mod hot;
 pub(crate) mod locks;
 pub(crate) mod meta;
 pub(crate) mod pump;
+mod redirect;
+mod slow;
 
 use crate::client::VolumeClient;
 use anyhow::{Context, Result};

@@ -4,6 +4,8 @@
 //! * while nothing else waits, the I/O is done in line (a blocking pread costs less than anything asynchronous);
 //! * as soon as something else waits or is in flight, it goes to io_uring, and the reply goes out on completion.
 //!
+//! What smbd does with blocks of the LUN for another node goes the same way, if that node has the right now.
+//!
 //! Everything else: data that needs more thought goes to a pool of threads that may block; locks to a pool of
 //! their own, since a blocking lock waits for as long as it likes; FORGET and INTERRUPT are done on the spot; all
 //! other requests go to fuser over a socket pair. So nothing that waits for the coordinator ever stands in the way
@@ -15,11 +17,13 @@
 use super::abi;
 use super::device::{Device, IO_BYTES_MAX};
 use super::hidden::Hidden;
+use super::hot::{Holds, Hot, span};
 use super::meta::Meta;
+use super::redirect::Redirect;
+use super::slow::{Slow, Sync, WriteWhat};
 use crate::client::VolumeClient;
 use crate::client::channel::Caller;
 use crate::client::count;
-use crate::client::data::WriteAt;
 use crate::client::inode::Inode;
 use crate::pool::Pool;
 use abi::{InHeader, IoIn, LkIn};
@@ -29,6 +33,7 @@ use csv_types::{ByteRange, LunOffset};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::time::Timespec;
 use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
@@ -47,27 +52,12 @@ const LARGE_BYTES: usize = 128 << 10;
 /// Up to this size the data of a write is copied once more, in bytes.
 const COPIED_BYTES_MAX: usize = 16 << 10;
 
+/// How often the pump looks after redirected I/O that may be too late.
+const REPLIES_LOOK: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+
 /// How long the pump looks for the next request before it sleeps. Waking a sleeping processor costs about as much in
 /// a virtual machine, so this is paid back at every queue depth (docs/decisions/004); a longer time is not.
 const SPIN: Duration = Duration::from_micros(20);
-
-/// A read or write that the held layout allows.
-#[derive(Debug)]
-struct Hot {
-    unique: u64,
-    caller: Caller,
-    inode: Arc<Inode>,
-    token: IoToken,
-    place: LunOffset,
-    /// Whole LUN blocks to move.
-    block_len: usize,
-    /// Where the asked bytes begin in the buffer, and how many they are.
-    skip: usize,
-    len: usize,
-    offset: u64,
-    write: bool,
-    buf: AlignedBuf,
-}
 
 /// What the pump works with; see the module.
 #[derive(Debug)]
@@ -78,6 +68,8 @@ pub(crate) struct Pump {
     /// Our end of fuser's socket pair.
     fuser: Arc<OwnedFd>,
     io_pool: Pool,
+    slow: Slow,
+    redirect: Redirect,
     /// What smbd does for other nodes must never wait behind this node's own requests, which may wait for them.
     hidden_pool: Pool,
     lock_pool: Pool,
@@ -96,6 +88,9 @@ pub(crate) struct Pump {
     deferred: Option<Hot>,
     /// The pump has just woken up from waiting: whatever comes first is most likely alone.
     woken: bool,
+    /// An I/O of this node has just ended: the next request is near. When one has just been sent elsewhere, or was done
+    /// for another node, it is other processes that have to run first.
+    spins: bool,
 }
 
 impl Pump {
@@ -108,8 +103,11 @@ impl Pump {
         let (io_pool, hidden_pool) = (Pool::new("csvfs-io", 128), Pool::new("csvfs-hidden", 128));
         let meta =
             Meta::new(device.clone(), client.clone(), hidden.clone(), io_pool.clone(), hidden_pool.clone());
+        let slow = Slow { device: device.clone(), client: client.clone(), pool: io_pool.clone() };
         Pump {
             lun: client.modes.lun(),
+            redirect: Redirect::new(slow.clone()),
+            slow,
             device,
             client,
             hidden,
@@ -127,6 +125,7 @@ impl Pump {
             last_replaced: 0,
             deferred: None,
             woken: false,
+            spins: true,
         }
     }
 
@@ -173,7 +172,9 @@ impl Pump {
                 continue;
             }
             self.start_deferred_async();
-            if self.complete() || !drained {
+            let received = self.redirect.receive();
+            self.spins |= received;
+            if self.complete() || received || !drained {
                 continue;
             }
             if progress {
@@ -181,7 +182,7 @@ impl Pump {
             }
             let since = *idle_since.get_or_insert_with(Instant::now);
             self.woken = self.is_idle();
-            if since.elapsed() < SPIN {
+            if self.spins && since.elapsed() < SPIN {
                 continue;
             }
             self.sleep();
@@ -221,16 +222,17 @@ impl Pump {
     }
 
     fn sleep(&self) {
-        let device = PollFd::new(&self.device, PollFlags::IN);
-        match self.ring.as_ref().filter(|ring| ring.in_flight() > 0) {
-            Some(ring) => {
-                let ring = PollFd::from_borrowed_fd(ring.as_fd(), PollFlags::IN);
-                let _ = poll(&mut [device, ring], None);
-            }
-            None => {
-                let _ = poll(&mut [device], None);
-            }
+        let mut fds = vec![PollFd::new(&self.device, PollFlags::IN)];
+        if let Some(ring) = self.ring.as_ref().filter(|ring| ring.in_flight() > 0) {
+            fds.push(PollFd::from_borrowed_fd(ring.as_fd(), PollFlags::IN));
         }
+        let mut timeout = None;
+        if let Some(replies) = self.redirect.waits_for() {
+            fds.push(PollFd::from_borrowed_fd(replies.as_fd(), PollFlags::IN));
+            timeout = Some(&REPLIES_LOOK);
+        }
+        // Whatever woke us up, the loop looks at everything.
+        let _ = poll(&mut fds, timeout);
     }
 
     fn request(&mut self, head: &[u8], payload: &mut AlignedBuf, size: usize) {
@@ -293,6 +295,9 @@ impl Pump {
     }
 
     fn forget(&mut self, nodeid: u64, references: u64) {
+        if Hidden::owns(nodeid) {
+            return self.hidden.forget(nodeid, references);
+        }
         if let Some(inode) = self.client.inodes.forget(nodeid, references) {
             self.client.forgotten(&inode);
             if self.last.as_ref().is_some_and(|last| last.nodeid == nodeid) {
@@ -326,14 +331,32 @@ impl Pump {
 
     fn read(&mut self, header: &InHeader, io: IoIn) {
         if Hidden::owns(header.nodeid) {
-            return self.hidden_read(header, io);
+            let inode = match self.hidden.inode(header.nodeid) {
+                Ok(inode) => inode,
+                Err(errno) => return self.device.error(header.unique, errno),
+            };
+            let hot = match &inode {
+                Some(inode) => self.hot_read(header, io, inode),
+                None => self.hot_block_read(header, io),
+            };
+            match hot {
+                Some(hot) => self.deferred = Some(hot),
+                None => self.hidden_read(header.unique, header.nodeid, io.offset, io.size as usize),
+            }
+            return;
         }
         let Some(inode) = self.inode(header.nodeid) else {
             return self.device.error(header.unique, Errno::STALE);
         };
         match self.hot_read(header, io, &inode) {
             Some(hot) => self.deferred = Some(hot),
-            None => self.slow_read(caller(header), inode, io.offset, io.size as usize),
+            None => {
+                let (caller, len) = (caller(header), io.size as usize);
+                self.spins = false;
+                if !self.redirect.read(caller, &inode, io.offset, len, &mut self.segments) {
+                    self.slow.read(caller, inode, io.offset, len);
+                }
+            }
         }
     }
 
@@ -367,24 +390,16 @@ impl Pump {
         Some(Hot {
             unique: header.unique,
             caller: caller(header),
-            inode: inode.clone(),
-            token,
+            holds: Holds::Layout { inode: inode.clone(), token },
             place,
             block_len,
             skip,
             len,
             offset: io.offset,
             write: false,
+            for_other: Hidden::owns(header.nodeid),
             buf: self.client.bufs.take(block_len),
         })
-    }
-
-    fn slow_read(&self, caller: Caller, inode: Arc<Inode>, offset: u64, len: usize) {
-        let (client, device) = (self.client.clone(), self.device.clone());
-        self.io_pool.run(move || match client.read(caller, &inode, offset, len) {
-            Ok(data) => device.reply(caller.request, &data),
-            Err(errno) => device.error(caller.request, errno),
-        });
     }
 
     fn write(&mut self, header: &InHeader, io: IoIn, payload: &mut AlignedBuf) {
@@ -393,8 +408,24 @@ impl Pump {
             return self.device.error(header.unique, Errno::INVAL);
         }
         if Hidden::owns(header.nodeid) {
-            let data = payload[..len].to_vec();
-            return self.hidden_write(header, io, data);
+            let inode = match self.hidden.inode(header.nodeid) {
+                Ok(inode) => inode,
+                Err(errno) => return self.device.error(header.unique, errno),
+            };
+            let range = ByteRange::at(io.offset, u64::from(io.size));
+            let hot = match &inode {
+                Some(inode) if inode.io.lock().overwrites(range, self.client.lun_block()) => {
+                    self.hot_write(header, io, inode)
+                }
+                Some(_) => None,
+                None => self.hot_block_write(header, io),
+            };
+            let buf = self.payload_of(payload, len);
+            match hot {
+                Some(hot) => self.deferred = Some(Hot { buf, ..hot }),
+                None => self.hidden_write(header.unique, header.nodeid, io.offset, len, buf),
+            }
+            return;
         }
         let Some(inode) = self.inode(header.nodeid) else {
             return self.device.error(header.unique, Errno::STALE);
@@ -412,12 +443,11 @@ impl Pump {
             return;
         }
         let buf = self.payload_of(payload, len);
-        self.slow_write(
-            caller(header),
-            inode,
-            buf,
-            WriteWhat { offset: io.offset, len, append, kill_setid, sync },
-        );
+        self.spins = false;
+        let (caller, what) = (caller(header), WriteWhat { offset: io.offset, len, append, kill_setid, sync });
+        if let Err(buf) = self.redirect.write(caller, &inode, buf, what, &mut self.segments) {
+            self.slow.write(caller, inode, buf, what);
+        }
     }
 
     fn hot_write(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
@@ -443,40 +473,16 @@ impl Pump {
         Some(Hot {
             unique: header.unique,
             caller: caller(header),
-            inode: inode.clone(),
-            token,
+            holds: Holds::Layout { inode: inode.clone(), token },
             place: *place,
             block_len: io.size as usize,
             skip: 0,
             len: io.size as usize,
             offset: io.offset,
             write: true,
+            for_other: Hidden::owns(header.nodeid),
             buf: AlignedBuf::new(0),
         })
-    }
-
-    fn slow_write(&self, caller: Caller, inode: Arc<Inode>, buf: AlignedBuf, what: WriteWhat) {
-        let (client, device) = (self.client.clone(), self.device.clone());
-        self.io_pool.run(move || {
-            let write = WriteAt {
-                offset: what.offset,
-                data: &buf[..what.len],
-                append: what.append,
-                kill_setid: what.kill_setid,
-            };
-            let mut outcome = client.write(caller, &inode, write);
-            client.bufs.put(buf);
-            if outcome.is_ok() && what.sync != Sync::No {
-                outcome = client.fsync(caller, &inode, what.sync == Sync::Data);
-            }
-            match outcome {
-                Ok(()) => {
-                    let len = u32::try_from(what.len).unwrap_or(u32::MAX);
-                    device.reply(caller.request, &abi::write_out(len));
-                }
-                Err(errno) => device.error(caller.request, errno),
-            }
-        });
     }
 
     /// The deferred I/O is alone: in line. True when there was one.
@@ -558,65 +564,129 @@ impl Pump {
     fn finish(&mut self, hot: Hot, result: Result<(), LunError>) {
         let counts = &self.client.counts;
         match result {
-            Ok(()) if hot.write => {
-                self.client.end_io(&hot.inode, hot.token, true);
-                let len = u32::try_from(hot.len).unwrap_or(u32::MAX);
-                self.device.reply(hot.unique, &abi::write_out(len));
-                count(&counts.direct_writes, 1);
-                count(&counts.direct_write_bytes, hot.len as u64);
-                self.client.bufs.put(hot.buf);
-            }
             Ok(()) => {
-                self.client.end_io(&hot.inode, hot.token, false);
-                self.device.reply(hot.unique, &hot.buf[hot.skip..hot.skip + hot.len]);
-                count(&counts.direct_reads, 1);
-                count(&counts.direct_read_bytes, hot.len as u64);
-                self.client.bufs.put(hot.buf);
-            }
-            Err(error) => {
-                if self.client.direct_failed(&error).is_err() {
-                    self.client.end_io(&hot.inode, hot.token, false);
-                    self.device.error(hot.unique, Errno::IO);
-                    return;
+                self.spins = !hot.for_other;
+                hot.holds.end(&self.client, hot.write);
+                if hot.write {
+                    self.device.wrote(hot.unique, hot.len);
+                } else {
+                    self.device.reply(hot.unique, &hot.buf[hot.skip..hot.skip + hot.len]);
                 }
-                self.redo(hot);
+                self.client.bufs.put(hot.buf);
+                // What is done for another node counts there.
+                if !hot.for_other {
+                    let (number, bytes) = match hot.write {
+                        true => (&counts.direct_writes, &counts.direct_write_bytes),
+                        false => (&counts.direct_reads, &counts.direct_read_bytes),
+                    };
+                    count(number, 1);
+                    count(bytes, hot.len as u64);
+                }
             }
+            Err(error) => self.failed(hot, &error),
+        }
+    }
+
+    fn failed(&self, hot: Hot, error: &LunError) {
+        let lost = match hot.holds {
+            Holds::Layout { .. } => self.client.direct_failed(error).is_err(),
+            Holds::Blocks { .. } => {
+                self.hidden.block_failed(error);
+                true
+            }
+        };
+        if lost {
+            hot.holds.end(&self.client, false);
+            self.device.error(hot.unique, Errno::IO);
+        } else {
+            self.redo(hot);
         }
     }
 
     /// Gives a hot I/O to the blocking way, which finds out what there is to do.
     fn redo(&self, hot: Hot) {
-        self.client.end_io(&hot.inode, hot.token, false);
+        let inode = match hot.holds {
+            Holds::Layout { inode, token } => {
+                self.client.end_io(&inode, token, false);
+                inode
+            }
+            Holds::Blocks { nodeid, io } => {
+                drop(io);
+                if hot.write {
+                    return self.hidden_write(hot.unique, nodeid, hot.offset, hot.len, hot.buf);
+                }
+                self.client.bufs.put(hot.buf);
+                return self.hidden_read(hot.unique, nodeid, hot.offset, hot.len);
+            }
+        };
         if hot.write {
-            let what = WriteWhat {
-                offset: hot.offset,
-                len: hot.len,
-                append: false,
-                kill_setid: false,
-                sync: Sync::No,
-            };
-            self.slow_write(hot.caller, hot.inode, hot.buf, what);
+            self.slow.write(hot.caller, inode, hot.buf, WriteWhat::plain(hot.offset, hot.len));
         } else {
-            self.slow_read(hot.caller, hot.inode, hot.offset, hot.len);
+            self.slow.read(hot.caller, inode, hot.offset, hot.len);
             self.client.bufs.put(hot.buf);
         }
     }
 
-    fn hidden_read(&self, header: &InHeader, io: IoIn) {
+    /// The LUN when it may be used for other nodes from here.
+    fn block_lun(&self) -> Option<&Arc<Lun>> {
+        self.lun.as_ref().filter(|lun| !lun.is_faulty())
+    }
+
+    fn hot_block_read(&self, header: &InHeader, io: IoIn) -> Option<Hot> {
+        let block = u64::from(self.block_lun()?.logical_block_bytes());
+        let held =
+            self.hidden.block_io(header.nodeid, ByteRange::at(io.offset, u64::from(io.size)), false)?;
+        let (place, block_len, skip, len) = span(LunOffset(io.offset), u64::from(io.size), block)?;
+        Some(Hot {
+            unique: header.unique,
+            caller: caller(header),
+            holds: Holds::Blocks { nodeid: header.nodeid, io: held },
+            place,
+            block_len,
+            skip,
+            len,
+            offset: io.offset,
+            write: false,
+            for_other: Hidden::owns(header.nodeid),
+            buf: self.client.bufs.take(block_len),
+        })
+    }
+
+    fn hot_block_write(&self, header: &InHeader, io: IoIn) -> Option<Hot> {
+        self.block_lun()?;
+        let held = self.hidden.block_io(header.nodeid, ByteRange::at(io.offset, u64::from(io.size)), true)?;
+        Some(Hot {
+            unique: header.unique,
+            caller: caller(header),
+            holds: Holds::Blocks { nodeid: header.nodeid, io: held },
+            place: LunOffset(io.offset),
+            block_len: io.size as usize,
+            skip: 0,
+            len: io.size as usize,
+            offset: io.offset,
+            write: true,
+            for_other: Hidden::owns(header.nodeid),
+            buf: AlignedBuf::new(0),
+        })
+    }
+
+    fn hidden_read(&self, unique: u64, nodeid: u64, offset: u64, len: usize) {
         let (hidden, device) = (self.hidden.clone(), self.device.clone());
-        let (nodeid, unique) = (header.nodeid, header.unique);
-        self.hidden_pool.run(move || match hidden.read(nodeid, io.offset, io.size as usize) {
+        self.hidden_pool.run(move || match hidden.read(nodeid, offset, len) {
             Ok(data) => device.reply(unique, &data),
             Err(errno) => device.error(unique, errno),
         });
     }
 
-    fn hidden_write(&self, header: &InHeader, io: IoIn, data: Vec<u8>) {
-        let (hidden, device) = (self.hidden.clone(), self.device.clone());
-        let (nodeid, unique) = (header.nodeid, header.unique);
-        self.hidden_pool.run(move || match hidden.write(nodeid, io.offset, &data) {
-            Ok(()) => device.reply(unique, &abi::write_out(io.size)),
-            Err(errno) => device.error(unique, errno),
+    fn hidden_write(&self, unique: u64, nodeid: u64, offset: u64, len: usize, buf: AlignedBuf) {
+        let (hidden, device, client) = (self.hidden.clone(), self.device.clone(), self.client.clone());
+        self.hidden_pool.run(move || {
+            let outcome = hidden.write(nodeid, offset, &buf[..len]);
+            client.bufs.put(buf);
+            match outcome {
+                Ok(()) => device.wrote(unique, len),
+                Err(errno) => device.error(unique, errno),
+            }
         });
     }
 
@@ -635,48 +705,6 @@ impl Pump {
     }
 }
 
-#[derive(Debug, Clone, Copy)]
-struct WriteWhat {
-    offset: u64,
-    len: usize,
-    append: bool,
-    kill_setid: bool,
-    sync: Sync,
-}
-
-/// Must the write be durable before it is answered? The kernel leaves O_SYNC and O_DSYNC to us with direct I/O.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sync {
-    No,
-    Data,
-    All,
-}
-
-impl Sync {
-    fn of(io: IoIn) -> Sync {
-        let flags = io.open_flags.cast_signed();
-        if io.io_flags & abi::WRITE_CACHE != 0 {
-            return Sync::No;
-        }
-        if flags & libc::O_SYNC == libc::O_SYNC {
-            Sync::All
-        } else if flags & libc::O_DSYNC != 0 {
-            Sync::Data
-        } else {
-            Sync::No
-        }
-    }
-}
-
 fn caller(header: &InHeader) -> Caller {
     Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask: 0 }
-}
-
-/// Whole blocks around `len` bytes at `place`: where they begin, how many bytes, where the asked ones begin in
-/// them, and how many those are. `None` when it does not fit one I/O.
-fn span(place: LunOffset, len: u64, block: u64) -> Option<(LunOffset, usize, usize, usize)> {
-    let wide = ByteRange::at(place.0, len).align_out(block);
-    let block_len = usize::try_from(wide.len()).ok()?;
-    let skip = usize::try_from(place.0 - wide.start).ok()?;
-    Some((LunOffset(wide.start), block_len, skip, usize::try_from(len).ok()?))
 }

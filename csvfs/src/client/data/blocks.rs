@@ -19,14 +19,11 @@ impl VolumeClient {
     pub(super) fn blocks(&self) -> Result<Blocks, Errno> {
         match (self.modes.kind(), self.modes.lun()) {
             (ModeKind::Direct, Some(lun)) => Ok(Blocks::Direct(lun)),
-            _ => {
-                let path = format!("/.csvfs/block-{}", self.facts.read().smb_token);
-                Ok(Blocks::Redirected(self.smb_pool()?, path))
-            }
+            _ => Ok(Blocks::Redirected(self.smb_pool()?, self.smb_blocks())),
         }
     }
 
-    pub(super) fn lun_block(&self) -> u64 {
+    pub(crate) fn lun_block(&self) -> u64 {
         self.modes.lun().map_or(4096, |lun| u64::from(lun.logical_block_bytes()))
     }
 
@@ -134,11 +131,39 @@ impl VolumeClient {
         }
     }
 
-    pub(super) fn smb_on_hold(&self) -> bool {
+    pub(crate) fn smb_on_hold(&self) -> bool {
         now_ms() < self.smb_hold_until_ms.load(Ordering::Acquire)
     }
 
-    pub(super) fn smb_file(&self, inode: &Inode) -> String {
+    /// What stands for the LUN on the share.
+    pub(crate) fn smb_blocks(&self) -> String {
+        format!("/.csvfs/block-{}", self.facts.read().smb_token)
+    }
+
+    /// A redirected I/O succeeded: by LUN blocks or through the file system; `wrote` is the end of a write.
+    pub(crate) fn redirected(&self, inode: &Inode, blocks: bool, wrote: Option<u64>) {
+        let counts = &self.counts;
+        let counter = match (blocks, wrote.is_some()) {
+            (true, true) => &counts.block_writes,
+            (true, false) => &counts.block_reads,
+            (false, true) => &counts.fs_writes,
+            (false, false) => &counts.fs_reads,
+        };
+        count(counter, 1);
+        let Some(end) = wrote else { return };
+        let mut io = inode.io.lock();
+        if blocks {
+            io.last_end = end;
+            return;
+        }
+        self.dirty_at_coordinator(&mut io);
+        io.known_size = io.known_size.max(end);
+        drop(io);
+        self.meta.changed(&[inode.file], &[]);
+    }
+
+    /// What stands for a file on the share.
+    pub(crate) fn smb_file(&self, inode: &Inode) -> String {
         let token = self.facts.read().smb_token.clone();
         format!("/.csvfs/file-{token}-{}-{}", inode.file.ino, inode.file.generation)
     }

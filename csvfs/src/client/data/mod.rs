@@ -31,7 +31,7 @@ const ROUNDS_MAX: u32 = 64;
 const SMALL_WRITE_MAX: usize = 64 << 10;
 /// Largest request over SMB, in bytes. smbd's buffers are not page-aligned, and FUSE on the coordinator splits what
 /// touches more than 256 pages: a full MiB would reach the block service in pieces that are no whole blocks.
-const SMB_BYTES_MAX: usize = 512 << 10;
+pub(crate) const SMB_BYTES_MAX: usize = 512 << 10;
 
 /// A write as FUSE asks for it.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +44,8 @@ pub(crate) struct WriteAt<'a> {
     pub(crate) append: bool,
     /// Clear set-id bits.
     pub(crate) kill_setid: bool,
+    /// Written for another node, for which only an overwrite of whole blocks is durable enough: see `fuse::hidden`.
+    pub(crate) for_other: bool,
 }
 
 /// Where the blocks of an I/O go in this round.

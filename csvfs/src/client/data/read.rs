@@ -210,7 +210,7 @@ impl VolumeClient {
                 Err(error) => self.smb_retry(caller, &error, deadline)?,
             }
         }
-        count(&self.counts.fs_reads, 1);
+        self.redirected(inode, false, None);
         data.truncate(done);
         Ok(data)
     }

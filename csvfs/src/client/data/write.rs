@@ -69,6 +69,10 @@ impl VolumeClient {
                 Some(_) | None => write.offset,
             };
             let range = ByteRange::at(offset, len);
+            if write.for_other && !io.overwrites(range, self.lun_block()) {
+                drop(io);
+                return self.write_by_call(caller, inode, write).map(Step::Done);
+            }
             let outcome = match alive {
                 true => io.cache.begin_write(range, self.lun_block(), &mut segments),
                 false => Outcome::Miss,
@@ -98,7 +102,8 @@ impl VolumeClient {
         let (small, extend) = {
             let mut io = inode.io.lock();
             let extend = range.end > io.known_size;
-            let small = write.data.len() <= SMALL_WRITE_MAX
+            let small = !write.for_other
+                && write.data.len() <= SMALL_WRITE_MAX
                 && io.small_written < SMALL_WRITTEN_MAX
                 && (extend || io.cache.is_empty() && !whole);
             if small {
@@ -289,11 +294,7 @@ impl VolumeClient {
                 }
             }
         }
-        count(&self.counts.fs_writes, 1);
-        self.meta.changed(&[inode.file], &[]);
-        let mut io = inode.io.lock();
-        self.dirty_at_coordinator(&mut io);
-        io.known_size = io.known_size.max(write.offset + done);
+        self.redirected(inode, false, Some(write.offset + done));
         Ok(())
     }
 

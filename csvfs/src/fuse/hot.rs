@@ -1,0 +1,59 @@
+//! One read or write of the data path that needs no thought any more: which LUN blocks, which buffer, and what is held
+//! until it is over.
+
+use super::hidden::BlockIo;
+use crate::client::VolumeClient;
+use crate::client::channel::Caller;
+use crate::client::inode::Inode;
+use csv_layout::cache::IoToken;
+use csv_lun::AlignedBuf;
+use csv_types::{ByteRange, LunOffset};
+use std::sync::Arc;
+
+/// What an I/O holds until it is over.
+#[derive(Debug)]
+pub(super) enum Holds {
+    /// A layout of this node.
+    Layout { inode: Arc<Inode>, token: IoToken },
+    /// Another node's right to blocks of the LUN; the number is that of the hidden file.
+    Blocks { nodeid: u64, io: BlockIo },
+}
+
+impl Holds {
+    /// The I/O is over.
+    pub(super) fn end(self, client: &VolumeClient, wrote: bool) {
+        match self {
+            Holds::Layout { inode, token } => client.end_io(&inode, token, wrote),
+            Holds::Blocks { io, .. } => drop(io),
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Hot {
+    pub(super) unique: u64,
+    pub(super) caller: Caller,
+    pub(super) holds: Holds,
+    pub(super) place: LunOffset,
+    /// Whole LUN blocks to move.
+    pub(super) block_len: usize,
+    /// Where the asked bytes begin in the buffer, and how many they are.
+    pub(super) skip: usize,
+    pub(super) len: usize,
+    /// Offset in the file.
+    pub(super) offset: u64,
+    pub(super) write: bool,
+    /// Asked for by another node.
+    pub(super) for_other: bool,
+    pub(super) buf: AlignedBuf,
+}
+
+/// Whole blocks around `len` bytes at `place`: where they begin, how many bytes, where the asked ones begin in
+/// them, and how many those are. `None` when it does not fit one I/O.
+pub(super) fn span(place: LunOffset, len: u64, block: u64) -> Option<(LunOffset, usize, usize, usize)> {
+    let wide = ByteRange::at(place.0, len).align_out(block);
+    let block_len = usize::try_from(wide.len()).ok()?;
+    let skip = usize::try_from(place.0 - wide.start).ok()?;
+    Some((LunOffset(wide.start), block_len, skip, usize::try_from(len).ok()?))
+}
