@@ -247,6 +247,34 @@ mod tests {
     }
 
     #[test]
+    fn space_is_asked_for_ahead_of_a_writer_that_goes_on_and_once() {
+        const MIB: u64 = 1 << 20;
+        let mut io = FileIo::default();
+        let extent = proto::LayoutExtent { file_offset: 0, len: 8 * MIB, zeros: false, lun_offset: 1 << 30 };
+        let grant = proto::LayoutGrant {
+            seq: 1,
+            end: u64::MAX,
+            access: proto::Access::Exclusive.into(),
+            eof: true,
+            size: MIB,
+            alloc_end: 8 * MIB,
+            extents: vec![extent],
+            ..proto::LayoutGrant::default()
+        };
+        assert_eq!(io.wants_ahead(4096), None, "without the right nothing is asked for");
+        io.take_grant(&grant);
+        io.ahead = 4 * MIB;
+        assert_eq!(io.wants_ahead(MIB), None, "an overwrite needs no space");
+        assert_eq!(io.wants_ahead(4 * MIB), None, "there is enough");
+        assert_eq!(io.wants_ahead(5 * MIB), Some(8 * MIB));
+        assert_eq!((io.ahead, io.asking_ahead), (16 * MIB, true));
+        assert_eq!(io.wants_ahead(6 * MIB), None, "it is asked for already");
+        assert!(io.overwrites(ByteRange::new(0, MIB), 4096));
+        assert!(!io.overwrites(ByteRange::new(0, MIB + 4096), 4096), "it moves the end");
+        assert!(!io.overwrites(ByteRange::new(0, 512), 4096), "no whole block");
+    }
+
+    #[test]
     fn a_sync_covers_only_what_was_there_when_it_began() {
         let mut dirty = Unsynced::default();
         dirty.made(Epoch(1));
