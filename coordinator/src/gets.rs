@@ -332,7 +332,7 @@ impl Coordinator {
         let ahead = self.chunk_that_fits(want.chunk);
         let from = self.block_floor(want.offset);
         let old = self.core.lock().files.get(&want.file).and_then(|state| state.eof);
-        let mut alloc_end = self.block_ceil(need.saturating_add(ahead));
+        let mut alloc_end = chunk_end(need, self.block_ceil(need.saturating_add(ahead)));
         let mut made = self.fs.make_written(want.file, ByteRange::new(from, alloc_end));
         if matches!(made, Err(Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) && alloc_end > need {
             alloc_end = need;
@@ -360,6 +360,12 @@ impl Coordinator {
         let free = self.fs.statfs().map_or(0, |stat| stat.bavail.saturating_mul(stat.frsize.into()));
         chunk.min(free / 8)
     }
+}
+
+/// Where a chunk ends that reaches about to `end`: on a whole MiB, so that the next one continues it on the disk.
+fn chunk_end(need: u64, end: u64) -> u64 {
+    let whole = end & !(CHUNK_BYTES_MIN - 1);
+    if whole > need { whole } else { end }
 }
 
 /// `asked` and what lies around it in `limit`: all of that when it is not too much, else a part of it.
@@ -402,6 +408,14 @@ mod tests {
         let got = around(ByteRange::new(5 << 30, (5 << 30) + 4096), limit);
         assert_eq!(got, ByteRange::new(5 << 30, 6 << 30));
         assert_eq!(around(ByteRange::new(0, 1), ByteRange::new(0, 1 << 20)), ByteRange::new(0, 1 << 20));
+    }
+
+    #[test]
+    fn chunks_end_on_whole_mib() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(chunk_end(4096, MIB + 4096), MIB);
+        assert_eq!(chunk_end(8 * MIB + 4096, 72 * MIB + 4096), 72 * MIB);
+        assert_eq!(chunk_end(4096, 8192), 8192, "a nearly full volume");
     }
 
     #[test]

@@ -267,7 +267,7 @@ mod tests {
         assert_eq!(io.wants_ahead(MIB), None, "an overwrite needs no space");
         assert_eq!(io.wants_ahead(4 * MIB), None, "there is enough");
         assert_eq!(io.wants_ahead(5 * MIB), Some(8 * MIB));
-        assert_eq!((io.ahead, io.asking_ahead), (16 * MIB, true));
+        assert_eq!((io.ahead, io.asking_ahead), (8 * MIB, true));
         assert_eq!(io.wants_ahead(6 * MIB), None, "it is asked for already");
         assert!(io.overwrites(ByteRange::new(0, MIB), 4096));
         assert!(!io.overwrites(ByteRange::new(0, MIB + 4096), 4096), "it moves the end");

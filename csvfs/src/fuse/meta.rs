@@ -320,6 +320,10 @@ impl Meta {
 
     fn close(&self, handle: u64) {
         let Some(open) = self.client.handles.lock().remove(&handle) else { return };
+        // Before the close: an orphan's last close frees it.
+        if let Some(inode) = self.client.inodes.by_file(open.file) {
+            self.client.closed(&inode);
+        }
         let op = Op::Close(proto::Close { handle, file: Some(open.file.into()) });
         self.start(
             Caller::default(),

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 /// How long a file that cannot be lent is left alone before the next try.
 const REDIRECT_HOLD: Duration = Duration::from_secs(5);
-/// Space asked for ahead of a sequential writer, at first and at most, in bytes.
-pub(super) const AHEAD_MIN: u64 = 4 << 20;
+/// Space asked for ahead of a sequential writer, at first and at most, in bytes. It doubles, so that no more than about
+/// twice a file's size is written with zeros for it.
+pub(super) const AHEAD_MIN: u64 = 1 << 20;
 const AHEAD_MAX: u64 = 64 << 20;
 /// Pause before a layout is asked for again when the coordinator has too many such requests for the file.
 const BUSY_PAUSE: Duration = Duration::from_millis(5);
@@ -74,6 +75,19 @@ impl VolumeClient {
         outcome
     }
 
+    /// No program has the file open here any more: space that was made ahead of its writer goes back.
+    pub(crate) fn closed(&self, inode: &Inode) {
+        let mut io = inode.io.lock();
+        let Some(eof) = io.cache.eof() else { return };
+        if self.handles.lock().values().any(|open| open.file == inode.file) {
+            return;
+        }
+        let mut returns = Vec::new();
+        io.cache.give_back(ByteRange::new(eof.size, u64::MAX), &mut returns);
+        io.ahead = 0;
+        self.send_returns(inode.file, &mut io, &returns);
+    }
+
     /// The request for space is answered, and so far nobody else asks: the next one may.
     fn asked(&self, inode: &Inode) {
         inode.io.lock().asking_ahead = false;
@@ -112,6 +126,7 @@ impl VolumeClient {
                 }
             }
             client.asked(&receiver);
+            client.closed(&receiver);
         });
         if self.chan.start(Caller::default(), op, done).is_err() {
             self.asked(inode);
@@ -121,7 +136,7 @@ impl VolumeClient {
 
 /// Space to ask for ahead of a writer that goes on, after this much, in bytes.
 pub(super) fn next_ahead(ahead: u64) -> u64 {
-    (ahead * 4).clamp(AHEAD_MIN, AHEAD_MAX)
+    (ahead * 2).clamp(AHEAD_MIN, AHEAD_MAX)
 }
 
 fn wire_access(access: Access) -> proto::Access {
