@@ -130,7 +130,7 @@ impl InodeTable {
         self.nodes.read().by_node.get(&nodeid).map(|(inode, _)| inode.clone())
     }
 
-    /// Changes when an inode is replaced by another under the same number; for those who remember an inode.
+    /// Changes when a number may stand for another inode than before; for those who remember an inode.
     pub(crate) fn replaced(&self) -> u64 {
         self.replaced.load(Ordering::Acquire)
     }
@@ -174,6 +174,7 @@ impl InodeTable {
         if *references > 0 {
             return None;
         }
+        self.replaced.fetch_add(1, Ordering::Release);
         nodes.by_node.remove(&nodeid).map(|(inode, _)| inode)
     }
 
@@ -210,6 +211,7 @@ mod tests {
         assert!(table.forget(first.nodeid, 1).is_none());
         assert_eq!(table.forget(first.nodeid, 1).unwrap().file, file);
         assert!(table.get(first.nodeid).is_none());
+        assert_ne!(table.replaced(), 0, "whoever remembers it has to look again");
         assert!(table.by_file(file).is_none());
         let old = table.reference(file);
         let reused = FileId { ino: 12, generation: 4 };
