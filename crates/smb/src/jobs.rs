@@ -119,6 +119,7 @@ impl SmbPool {
                 return Err(job);
             }
             state.jobs.push_back((job, Instant::now() + self.config.op_timeout));
+            self.count_jobs(&state);
             return Ok(());
         };
         let worker = state.idle.remove(at);
@@ -157,7 +158,7 @@ impl SmbPool {
         }
         let key = worker.key;
         state.flights.insert(key, Flight { worker, job: Some(job), request: request.id, deadline });
-        self.flying.store(state.flights.len(), Ordering::Release);
+        self.count_jobs(state);
         None
     }
 
@@ -171,8 +172,23 @@ impl SmbPool {
     fn take_flight(&self, key: u64) -> Option<Flight> {
         let mut state = self.state.lock();
         let flight = state.flights.remove(&key);
-        self.flying.store(state.flights.len(), Ordering::Release);
+        self.count_jobs(&state);
         flight
+    }
+
+    /// After each change of flights or jobs. Jobs that wait count too: a thread that is done with a worker starts them,
+    /// and the receiver has to be there then.
+    fn count_jobs(&self, state: &State) {
+        self.under_way.store(state.flights.len() + state.jobs.len(), Ordering::Release);
+    }
+
+    /// Jobs that wait while no worker flies may wait for ever.
+    pub(crate) fn drop_stranded(&self, state: MutexGuard<'_, State>) {
+        let stranded = !state.jobs.is_empty() && state.flights.is_empty();
+        drop(state);
+        if stranded {
+            self.drop_waiting();
+        }
     }
 
     /// A reply is in: the worker is free.
@@ -188,13 +204,10 @@ impl SmbPool {
         let next = state.jobs.iter().position(|(job, _)| worker.has_open(&job.path, job.write));
         let Some((job, deadline)) = next.and_then(|at| state.jobs.remove(at)) else {
             state.idle.push(worker);
-            if !state.jobs.is_empty() && state.flights.is_empty() {
-                drop(state);
-                self.drop_waiting();
-            }
-            return;
+            return self.drop_stranded(state);
         };
         let lost = self.fly(&mut state, worker, job, deadline);
+        self.count_jobs(&state);
         drop(state);
         if let Some((worker, job)) = lost {
             self.lose(worker);
@@ -216,7 +229,12 @@ impl SmbPool {
     }
 
     fn drop_waiting(&self) {
-        let waiting = std::mem::take(&mut self.state.lock().jobs);
+        let waiting = {
+            let mut state = self.state.lock();
+            let waiting = std::mem::take(&mut state.jobs);
+            self.count_jobs(&state);
+            waiting
+        };
         for (job, _) in waiting {
             job.transfer.done(Err(NotDone));
         }
@@ -352,7 +370,7 @@ impl Receiver {
     /// second at least.
     #[must_use]
     pub fn is_needed(&self) -> bool {
-        self.pool.flying.load(Ordering::Acquire) > 0
+        self.pool.under_way.load(Ordering::Acquire) > 0
     }
 
     /// Ends the jobs whose replies are there, and those that are too late. Does not wait. True when there were any.

@@ -95,8 +95,8 @@ pub struct SmbPool {
     server: String,
     pub(crate) state: Mutex<State>,
     pub(crate) counts: Counts,
-    /// Workers with a job, for those who only look.
-    pub(crate) flying: AtomicUsize,
+    /// Jobs, with a worker or waiting for one, for those who only look.
+    pub(crate) under_way: AtomicUsize,
 }
 
 /// A place in the pool. When it goes without its worker, the place becomes free.
@@ -142,7 +142,7 @@ impl SmbPool {
             server,
             state: Mutex::default(),
             counts: Counts::default(),
-            flying: AtomicUsize::new(0),
+            under_way: AtomicUsize::new(0),
         })
     }
 
@@ -427,7 +427,10 @@ impl SmbPool {
         }
         match turn {
             Turn::Worker(worker) => self.next_job(state, worker),
-            Turn::Place => state.places -= 1,
+            Turn::Place => {
+                state.places -= 1;
+                self.drop_stranded(state);
+            }
         }
     }
 }

@@ -48,8 +48,13 @@ pub(crate) struct FileIo {
     pub(crate) small_reads: u32,
     /// Space to ask for ahead of a sequential writer, in bytes.
     pub(crate) ahead: u64,
-    /// More space is being asked for, before what there is is used up.
+    /// Space behind the end is being asked for.
     pub(crate) asking_ahead: bool,
+    /// How often that was answered.
+    pub(crate) asked: u64,
+    /// The last time little came of it: the volume is nearly full. Until the next write that needs space, none is asked
+    /// for ahead.
+    pub(crate) no_ahead: bool,
     /// End of the last write, to see sequential ones.
     pub(crate) last_end: u64,
     /// The file cannot be lent; ask again after this.
@@ -163,6 +168,19 @@ impl InodeTable {
         inode.clone()
     }
 
+    /// As `reference`, but a number that stands for another file stays with that.
+    pub(crate) fn reference_unless_other(&self, file: FileId) -> Option<Arc<Inode>> {
+        let mut nodes = self.nodes.write();
+        let nodeid = nodes.number(file);
+        let (inode, count) =
+            nodes.by_node.entry(nodeid).or_insert_with(|| (Arc::new(Inode::new(nodeid, file)), 0));
+        if inode.file != file {
+            return None;
+        }
+        *count += 1;
+        Some(inode.clone())
+    }
+
     /// The kernel drops references; the inode when none is left.
     pub(crate) fn forget(&self, nodeid: u64, count: u64) -> Option<Arc<Inode>> {
         if nodeid == ROOT {
@@ -271,6 +289,9 @@ mod tests {
         assert_eq!(io.wants_ahead(5 * MIB), Some(8 * MIB));
         assert_eq!((io.ahead, io.asking_ahead), (8 * MIB, true));
         assert_eq!(io.wants_ahead(6 * MIB), None, "it is asked for already");
+        io.asking_ahead = false;
+        io.no_ahead = true;
+        assert_eq!(io.wants_ahead(6 * MIB), None, "the volume is nearly full");
         assert!(io.overwrites(ByteRange::new(0, MIB), 4096));
         assert!(!io.overwrites(ByteRange::new(0, MIB + 4096), 4096), "it moves the end");
         assert!(!io.overwrites(ByteRange::new(0, 512), 4096), "no whole block");
@@ -288,6 +309,18 @@ mod tests {
         assert!(dirty.older_than(Epoch(2)) && !dirty.older_than(Epoch(1)));
         dirty.done(dirty.begin());
         assert!(!dirty.any());
+    }
+
+    #[test]
+    fn a_dead_file_takes_no_number_away() {
+        let table = InodeTable::new();
+        table.set_root(FileId { ino: 2, generation: 0 });
+        let live = table.reference(FileId { ino: 12, generation: 4 });
+        assert!(table.reference_unless_other(FileId { ino: 12, generation: 3 }).is_none());
+        assert!(table.reference_unless_other(FileId { ino: ROOT, generation: 0 }).is_none());
+        assert!(Arc::ptr_eq(&table.reference_unless_other(live.file).unwrap(), &live));
+        assert!(table.forget(live.nodeid, 1).is_none());
+        assert!(table.forget(live.nodeid, 1).is_some());
     }
 
     #[test]

@@ -48,8 +48,10 @@ pub(crate) struct BlockIo {
 #[derive(Debug)]
 struct Known {
     entry: Entry,
-    /// References of the kernel. While there are any, an entry that is a file has one to the file's inode.
+    /// References of the kernel.
     lookups: u64,
+    /// While there are any, an entry that is a file has one to the inode of this number.
+    inode: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -168,30 +170,34 @@ impl Hidden {
             Entry::Block(token) | Entry::File(token, _) => token,
         };
         owner.coordinator.token_node(token).ok_or(Errno::NOENT)?;
-        let nodeid = self.number(owner, &entry);
+        let nodeid = self.number(owner, &entry)?;
         self.attr(nodeid).inspect_err(|_| self.forget(nodeid, 1))
     }
 
-    fn number(&self, owner: &Owner, entry: &Entry) -> u64 {
+    fn number(&self, owner: &Owner, entry: &Entry) -> Result<u64, Errno> {
         let entries = &mut *self.entries.lock();
         if let Some(nodeid) = entries.by_entry.get(entry)
             && let Some(known) = entries.by_node.get_mut(nodeid)
         {
             known.lookups += 1;
-            return *nodeid;
+            return Ok(*nodeid);
         }
         if entries.by_node.len() >= ENTRIES_MAX {
             entries.by_entry.clear();
-            entries.by_node.drain().for_each(|(_, known)| owner.release(&known.entry));
+            entries.by_node.drain().for_each(|(_, known)| owner.release(&known));
         }
-        if let Entry::File(_, file) = entry {
-            owner.client.inodes.reference(*file);
-        }
+        let inode = match entry {
+            Entry::Block(_) => None,
+            // Whether the file is still there is seen when its attributes are asked for.
+            Entry::File(_, file) => {
+                Some(owner.client.inodes.reference_unless_other(*file).ok_or(Errno::STALE)?.nodeid)
+            }
+        };
         entries.next += 1;
         let nodeid = HIDDEN | entries.next;
         entries.by_entry.insert(entry.clone(), nodeid);
-        entries.by_node.insert(nodeid, Known { entry: entry.clone(), lookups: 1 });
-        nodeid
+        entries.by_node.insert(nodeid, Known { entry: entry.clone(), lookups: 1, inode });
+        Ok(nodeid)
     }
 
     /// The kernel drops references.
@@ -211,7 +217,7 @@ impl Hidden {
             gone
         };
         if let Some(known) = gone {
-            owner.release(&known.entry);
+            owner.release(&known);
         }
     }
 
@@ -321,11 +327,8 @@ impl Owner {
     }
 
     /// An entry that the kernel referenced is gone.
-    fn release(&self, entry: &Entry) {
-        if let Entry::File(_, file) = entry
-            && let Some(inode) = self.client.inodes.by_file(*file)
-            && let Some(unused) = self.client.inodes.forget(inode.nodeid, 1)
-        {
+    fn release(&self, known: &Known) {
+        if let Some(unused) = known.inode.and_then(|nodeid| self.client.inodes.forget(nodeid, 1)) {
             self.client.forgotten(&unused);
         }
     }

@@ -15,8 +15,8 @@ use std::sync::Arc;
 pub(super) enum Holds {
     /// A layout of this node.
     Layout { inode: Arc<Inode>, token: IoToken },
-    /// Another node's right to blocks of the LUN; the number is that of the hidden file.
-    Blocks { nodeid: u64, io: BlockIo },
+    /// Another node's right to blocks of the LUN.
+    Blocks(BlockIo),
 }
 
 impl Holds {
@@ -24,7 +24,7 @@ impl Holds {
     pub(super) fn end(self, client: &VolumeClient, wrote: bool) {
         match self {
             Holds::Layout { inode, token } => client.end_io(&inode, token, wrote),
-            Holds::Blocks { io, .. } => drop(io),
+            Holds::Blocks(io) => drop(io),
         }
     }
 }
@@ -44,8 +44,8 @@ pub(super) struct Hot {
     /// Offset in the file.
     pub(super) offset: u64,
     pub(super) write: bool,
-    /// Asked for by another node.
-    pub(super) for_other: bool,
+    /// Asked for by another node: the number of the hidden file.
+    pub(super) for_other: Option<u64>,
     pub(super) buf: AlignedBuf,
 }
 

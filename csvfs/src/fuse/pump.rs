@@ -199,6 +199,7 @@ impl Pump {
         if error != Errno::NODEV {
             tracing::error!(%error, "reading /dev/fuse failed; the mount ends");
         }
+        self.start_deferred();
         while !self.is_idle() {
             if let Some(ring) = self.ring.as_mut().filter(|_| self.done.is_empty()) {
                 let _ = ring.wait();
@@ -397,7 +398,7 @@ impl Pump {
             len,
             offset: io.offset,
             write: false,
-            for_other: Hidden::owns(header.nodeid),
+            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
             buf: self.client.bufs.take(block_len),
         })
     }
@@ -480,7 +481,7 @@ impl Pump {
             len: io.size as usize,
             offset: io.offset,
             write: true,
-            for_other: Hidden::owns(header.nodeid),
+            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
             buf: AlignedBuf::new(0),
         })
     }
@@ -565,7 +566,7 @@ impl Pump {
         let counts = &self.client.counts;
         match result {
             Ok(()) => {
-                self.spins = !hot.for_other;
+                self.spins = hot.for_other.is_none();
                 hot.holds.end(&self.client, hot.write);
                 if hot.write {
                     self.device.wrote(hot.unique, hot.len);
@@ -574,7 +575,7 @@ impl Pump {
                 }
                 self.client.bufs.put(hot.buf);
                 // What is done for another node counts there.
-                if !hot.for_other {
+                if hot.for_other.is_none() {
                     let (number, bytes) = match hot.write {
                         true => (&counts.direct_writes, &counts.direct_write_bytes),
                         false => (&counts.direct_reads, &counts.direct_read_bytes),
@@ -590,7 +591,7 @@ impl Pump {
     fn failed(&self, hot: Hot, error: &LunError) {
         let lost = match hot.holds {
             Holds::Layout { .. } => self.client.direct_failed(error).is_err(),
-            Holds::Blocks { .. } => {
+            Holds::Blocks(_) => {
                 self.hidden.block_failed(error);
                 true
             }
@@ -605,20 +606,16 @@ impl Pump {
 
     /// Gives a hot I/O to the blocking way, which finds out what there is to do.
     fn redo(&self, hot: Hot) {
-        let inode = match hot.holds {
-            Holds::Layout { inode, token } => {
-                self.client.end_io(&inode, token, false);
-                inode
+        if let Some(nodeid) = hot.for_other {
+            hot.holds.end(&self.client, false);
+            if hot.write {
+                return self.hidden_write(hot.unique, nodeid, hot.offset, hot.len, hot.buf);
             }
-            Holds::Blocks { nodeid, io } => {
-                drop(io);
-                if hot.write {
-                    return self.hidden_write(hot.unique, nodeid, hot.offset, hot.len, hot.buf);
-                }
-                self.client.bufs.put(hot.buf);
-                return self.hidden_read(hot.unique, nodeid, hot.offset, hot.len);
-            }
-        };
+            self.client.bufs.put(hot.buf);
+            return self.hidden_read(hot.unique, nodeid, hot.offset, hot.len);
+        }
+        let Holds::Layout { inode, token } = hot.holds else { return };
+        self.client.end_io(&inode, token, false);
         if hot.write {
             self.slow.write(hot.caller, inode, hot.buf, WriteWhat::plain(hot.offset, hot.len));
         } else {
@@ -640,14 +637,14 @@ impl Pump {
         Some(Hot {
             unique: header.unique,
             caller: caller(header),
-            holds: Holds::Blocks { nodeid: header.nodeid, io: held },
+            holds: Holds::Blocks(held),
             place,
             block_len,
             skip,
             len,
             offset: io.offset,
             write: false,
-            for_other: Hidden::owns(header.nodeid),
+            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
             buf: self.client.bufs.take(block_len),
         })
     }
@@ -658,14 +655,14 @@ impl Pump {
         Some(Hot {
             unique: header.unique,
             caller: caller(header),
-            holds: Holds::Blocks { nodeid: header.nodeid, io: held },
+            holds: Holds::Blocks(held),
             place: LunOffset(io.offset),
             block_len: io.size as usize,
             skip: 0,
             len: io.size as usize,
             offset: io.offset,
             write: true,
-            for_other: Hidden::owns(header.nodeid),
+            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
             buf: AlignedBuf::new(0),
         })
     }

@@ -67,19 +67,28 @@ impl VolumeClient {
     /// # Errors
     /// As [`VolumeClient::get_layout`]; EINTR.
     pub(super) fn get_end(&self, caller: Caller, inode: &Arc<Inode>, range: ByteRange) -> Result<(), Errno> {
-        if std::mem::replace(&mut inode.io.lock().asking_ahead, true) {
-            return self.wait_asked(caller, inode);
+        let others = {
+            let mut io = inode.io.lock();
+            io.no_ahead = false;
+            std::mem::replace(&mut io.asking_ahead, true).then_some(io.asked)
+        };
+        if let Some(seen) = others {
+            return self.wait_asked(caller, inode, seen);
         }
         let outcome = self.get_layout(caller, inode, range, Access::Exclusive, true);
         self.asked(inode);
+        self.closed(inode);
         outcome
     }
 
     /// No program has the file open here any more: space that was made ahead of its writer goes back.
+    ///
+    /// Not while more is asked for: the answer could put the right back with the size of before. And not with a size that
+    /// the coordinator was not told, which would be lost with a broken link; the commit comes here again.
     pub(crate) fn closed(&self, inode: &Inode) {
         let mut io = inode.io.lock();
-        let Some(eof) = io.cache.eof() else { return };
-        if self.handles.lock().values().any(|open| open.file == inode.file) {
+        let Some(eof) = io.cache.eof().filter(|eof| !eof.dirty && !io.asking_ahead) else { return };
+        if !self.chan.is_open() || self.handles.lock().values().any(|open| open.file == inode.file) {
             return;
         }
         let mut returns = Vec::new();
@@ -90,16 +99,20 @@ impl VolumeClient {
 
     /// The request for space is answered, and so far nobody else asks: the next one may.
     fn asked(&self, inode: &Inode) {
-        inode.io.lock().asking_ahead = false;
+        {
+            let mut io = inode.io.lock();
+            io.asking_ahead = false;
+            io.asked += 1;
+        }
         self.modes.wake();
     }
 
-    /// Ends at the latest with the time-out of the request that is under way.
-    fn wait_asked(&self, caller: Caller, inode: &Inode) -> Result<(), Errno> {
+    /// Waits for the next answer after `seen`; ends at the latest with the time-out of the request that is under way.
+    fn wait_asked(&self, caller: Caller, inode: &Inode, seen: u64) -> Result<(), Errno> {
         let interrupted = std::cell::Cell::new(false);
         self.modes.wait_change(self.modes.kind(), || {
             interrupted.set(interrupted.get() || self.chan.take_interrupt(caller.request));
-            interrupted.get() || !inode.io.lock().asking_ahead
+            interrupted.get() || inode.io.lock().asked != seen
         });
         if interrupted.get() { Err(Errno::INTR) } else { Ok(()) }
     }
@@ -118,8 +131,13 @@ impl VolumeClient {
         let (client, receiver) = (self.clone(), inode.clone());
         let done = Box::new(move |outcome: Result<proto::Reply, Errno>| {
             // What went wrong the writer finds out when it asks itself.
+            receiver.io.lock().no_ahead = true;
             if let Ok(reply) = outcome {
-                receiver.io.lock().take_layout_reply(&reply);
+                let mut io = receiver.io.lock();
+                io.take_layout_reply(&reply);
+                let came = io.cache.eof().map_or(0, |eof| eof.alloc_end.saturating_sub(from));
+                io.no_ahead = came < want_ahead_bytes / 2;
+                drop(io);
                 if reply.errno == 0 {
                     count(&client.counts.layouts_granted, 1);
                     client.meta.changed(&[receiver.file], &[]);
@@ -178,7 +196,11 @@ impl FileIo {
     pub(crate) fn wants_ahead(&mut self, end: u64) -> Option<u64> {
         self.last_end = end;
         let eof = self.cache.eof()?;
-        if self.asking_ahead || end <= eof.size || eof.alloc_end.saturating_sub(end) >= self.ahead {
+        if self.asking_ahead
+            || self.no_ahead
+            || end <= eof.size
+            || eof.alloc_end.saturating_sub(end) >= self.ahead
+        {
             return None;
         }
         self.asking_ahead = true;

@@ -121,9 +121,12 @@ impl VolumeClient {
     /// Files written since their last commit, for the timer.
     pub(crate) fn commit_all(&self) {
         for inode in self.inodes.all() {
-            if self.has_uncommitted(&inode)
-                && let Err(error) = self.commit(Caller::default(), &inode)
-            {
+            if !self.has_uncommitted(&inode) {
+                continue;
+            }
+            let committed = self.commit(Caller::default(), &inode);
+            self.closed(&inode);
+            if let Err(error) = committed {
                 tracing::debug!(%error, file = %inode.file, "commit is tried again later");
                 if error == Errno::IO {
                     // Nobody answers: the others would wait as long.
