@@ -190,3 +190,27 @@ fn a_server_that_hangs_ends_jobs_in_time_and_a_dead_one_at_once() {
     let event = server.events.recv_timeout(Duration::from_secs(10)).unwrap();
     assert!(event.contains("smbd ended"), "{event}");
 }
+
+#[test]
+fn a_job_behind_waiting_callers_ends() {
+    let server = serve();
+    std::fs::write(server.file("data"), b"").unwrap();
+    let op_timeout = Duration::from_secs(2);
+    let pool = SmbPool::new(PoolConfig { op_timeout, workers: 1, ..server.pool_config() }).unwrap();
+    let mut bed = Bed::new(pool);
+    open_everywhere(bed.receiver.pool(), "/data", 1);
+    let smbd = Pid::from_raw(i32::try_from(server.smbd.pid().unwrap()).unwrap()).unwrap();
+    kill_process_group(smbd, Signal::STOP).unwrap();
+    bed.submit("/data", 0, true, vec![7; LEN]).unwrap();
+    bed.submit("/data", 1, true, vec![8; LEN]).unwrap();
+    assert!(bed.receiver.is_needed());
+    let pool = bed.receiver.pool().clone();
+    std::thread::scope(|scope| {
+        // It gets the worker, or its place, before the second job.
+        let caller = scope.spawn(|| pool.ping());
+        let ends = bed.ended(2);
+        assert!(ends.iter().all(|(_, outcome, _)| outcome.is_err()), "{:?}", ends[1].1);
+        assert!(caller.join().unwrap().is_err());
+    });
+    kill_process_group(smbd, Signal::CONT).unwrap();
+}
