@@ -295,3 +295,35 @@ fn strangers_are_refused() -> anyhow::Result<()> {
     println!("strangers: refused by the control service and by SMB");
     lab.finish()
 }
+
+/// A node whose SMB password is wrong has no redirected way by SMB: its data goes by the control protocol, and an event
+/// says why. (A server that goes down can refuse the right password for a moment.)
+#[test]
+fn a_refused_smb_password_fails_no_io() -> anyhow::Result<()> {
+    let lab = Lab::up_with("password", "ext4", &["--size", "512M"])?;
+    let config = csv_types::config::Config::parse(&lab.sh("n3", "cat /etc/csv/csv.toml")?)?;
+    let file = config.local.secrets_dir.join("smb.password").display().to_string();
+    let mode_of = |node: &str| lab.state(node).map(|row| row.mode);
+    lab.sh("n3", &format!("cp -L {file} /run/csv/right; rm {file}; echo wrong > {file}"))?;
+    lab.sh("n3", &format!("kill -KILL $(cat /run/csv/{VOLUME}.pid)"))?;
+    wait::until("csvfs of n3 to be back", DEADLINE, || {
+        Ok((mode_of("n3").is_ok_and(|mode| mode == "block-redirected")
+            && lab.sh("n3", &format!("stat -f {MOUNT}")).is_ok_and(|text| text.contains("fuse")))
+        .then_some(()))
+    })?;
+    let image = format!("{MOUNT}/image");
+    lab.sh("n1", &format!("head -c 4M /dev/urandom > {image}; sync {image}"))?;
+    let sum = |node: &str| lab.sh(node, &format!("sha256sum < {image}"));
+    ensure!(sum("n3")? == sum("n1")?, "n3 reads other data");
+    lab.sh(
+        "n3",
+        &format!("dd if=/dev/urandom of={image} bs=64k count=16 seek=8 oflag=direct conv=notrunc,fsync"),
+    )?;
+    ensure!(sum("n3")? == sum("n1")?, "n3 wrote other data");
+    let events = lab.ctl("n3", &["events"])?;
+    ensure!(events.contains("smb-error") && events.contains("password"), "no event tells why:\n{events}");
+    let io = lab.state("n3")?.io;
+    ensure!(io.control_reads > 0 && io.control_writes > 0 && io.block_writes == 0, "{io:?}");
+    println!("password: n3 read and wrote by the control protocol");
+    lab.finish()
+}
