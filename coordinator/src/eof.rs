@@ -218,6 +218,6 @@ impl Coordinator {
 
     /// What the coordinator's own I/O is rounded out to: its page cache works in pages, the file system in blocks.
     pub(crate) fn align(&self) -> u64 {
-        u64::from(self.fs.block_bytes()).max(4096)
+        self.fs.align()
     }
 }

@@ -7,7 +7,6 @@
 //! harmless.
 
 use super::attr::keep_mtime;
-use super::data::DIRECT_ALIGN;
 use super::{HiddenFs, Result, errno, proc_path};
 use csv_lun::sys;
 use csv_types::FileId;
@@ -42,7 +41,7 @@ impl HiddenFs {
     /// ESTALE.
     pub fn size_is_whole(&self, file: FileId) -> Result<bool> {
         let size = rustix::fs::fstat(self.data_fd(file)?)?.st_size;
-        Ok(size.cast_unsigned().is_multiple_of(u64::from(self.block_bytes).max(DIRECT_ALIGN as u64)))
+        Ok(size.cast_unsigned().is_multiple_of(self.align()))
     }
 
     /// Forgets the noted size: the size on disk counts again.

@@ -50,6 +50,12 @@ struct Gap {
 }
 
 impl HiddenFs {
+    /// What I/O here is rounded out to: the page cache works in pages, the file system in blocks.
+    #[must_use]
+    pub fn align(&self) -> u64 {
+        u64::from(self.block_bytes).max(DIRECT_ALIGN as u64)
+    }
+
     /// Where `range` lies, without a gap from its start to its end: holes and unwritten pieces have no place and
     /// read as zeros. Dirty pages are written first.
     ///
@@ -80,7 +86,7 @@ impl HiddenFs {
     /// ENOSPC, EFBIG, EDQUOT: data is intact, what was allocated is given back. EIO: the LUN failed.
     pub fn make_written(&self, file: FileId, range: ByteRange) -> Result<()> {
         let fd = self.data_fd(file)?;
-        let range = range.align_out(u64::from(self.block_bytes).max(DIRECT_ALIGN as u64));
+        let range = range.align_out(self.align());
         if range.end > i64::MAX.cast_unsigned() {
             return Err(Errno::FBIG);
         }

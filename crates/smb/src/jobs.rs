@@ -15,9 +15,9 @@ use crate::worker::Worker;
 use parking_lot::MutexGuard;
 use rustix::event::epoll;
 use rustix::io::Errno;
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::net::RecvFlags;
 use std::collections::HashMap;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -207,7 +207,6 @@ impl SmbPool {
             return self.drop_stranded(state);
         };
         let lost = self.fly(&mut state, worker, job, deadline);
-        self.count_jobs(&state);
         drop(state);
         if let Some((worker, job)) = lost {
             self.lose(worker);
@@ -333,14 +332,6 @@ impl Receiving {
             }
         }
     }
-}
-
-/// Sends a request in one piece without waiting. False when it did not go: the worker can be used no more.
-pub(crate) fn send_now(socket: &UnixStream, header: &[u8; HEADER_BYTES], payload: &[u8]) -> bool {
-    let parts = [IoSlice::new(header), IoSlice::new(payload)];
-    let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-    let sent = rustix::net::sendmsg(socket, &parts, &mut rustix::net::SendAncillaryBuffer::default(), flags);
-    sent == Ok(HEADER_BYTES + payload.len())
 }
 
 impl std::fmt::Debug for Receiver {

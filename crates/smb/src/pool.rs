@@ -341,9 +341,7 @@ impl SmbPool {
                         state.last_key
                     };
                     let mut worker = Worker::start(&self.config, key)?;
-                    let state = self.state.lock();
-                    worker.closings_seen = state.closing;
-                    drop(state);
+                    worker.closings_seen = self.state.lock().closing;
                     seat.worker = Some(worker);
                     return Ok(seat);
                 }

@@ -7,6 +7,7 @@ use crate::error::SmbError;
 use crate::pool::PoolConfig;
 use crate::wire::{Connect, FLAG_BROKEN, FLAG_WRITE, HEADER_BYTES, Op, Reply, Request};
 use rustix::event::epoll;
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -219,19 +220,28 @@ impl Worker {
 
     /// Has this worker the file open in a way that serves?
     pub(crate) fn has_open(&self, path: &str, write: bool) -> bool {
-        self.files.iter().any(|file| &*file.path == path && (file.write || !write))
+        self.place_of(path, write).is_some()
+    }
+
+    fn place_of(&self, path: &str, write: bool) -> Option<usize> {
+        self.files.iter().position(|file| &*file.path == path && (file.write || !write))
     }
 
     /// Slot of the file, if it is open in a way that serves.
     pub(crate) fn open_slot(&mut self, path: &str, write: bool) -> Option<u32> {
-        let at = self.files.iter().position(|file| &*file.path == path && (file.write || !write))?;
+        let at = self.place_of(path, write)?;
         self.files[..=at].rotate_right(1);
         self.files.first().map(|file| file.slot)
     }
 
-    /// Sends a request whose reply the pool's receiver takes. False when it did not go in one piece.
+    /// Sends a request whose reply the pool's receiver takes, in one piece and without waiting. False when it did not go:
+    /// the worker can be used no more.
     pub(crate) fn send_now(&self, request: &Request, payload: &[u8]) -> bool {
-        crate::jobs::send_now(&self.socket, &request.encode(), payload)
+        let header = request.encode();
+        let parts = [IoSlice::new(&header), IoSlice::new(payload)];
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let sent = sendmsg(&*self.socket, &parts, &mut SendAncillaryBuffer::default(), flags);
+        sent == Ok(HEADER_BYTES + payload.len())
     }
 
     pub(crate) fn socket(&self) -> Arc<UnixStream> {

@@ -37,6 +37,14 @@ enum Entry {
     File(Arc<str>, FileId),
 }
 
+/// See [`Hidden::target`].
+#[derive(Debug)]
+pub(crate) enum Target {
+    /// The LUN, for the node with this token.
+    Blocks(Arc<str>),
+    File(Arc<Inode>),
+}
+
 /// A block I/O that may go to the LUN now, and holds everybody else off as long as it lives.
 #[derive(Debug)]
 pub(crate) struct BlockIo {
@@ -94,16 +102,20 @@ impl Writing {
     /// Waits for as long as the LUN needs for the writes before.
     fn turn(self: &Arc<Self>, range: ByteRange) -> Turn {
         let mut ranges = self.ranges.lock();
-        while ranges.iter().any(|other| other.overlaps(&range)) {
+        loop {
+            if let Some(turn) = self.take(&mut ranges, range) {
+                return turn;
+            }
             self.changed.wait(&mut ranges);
         }
-        ranges.push(range);
-        Turn { writing: self.clone(), range }
     }
 
     /// The turn, if there is nobody to wait for.
     fn turn_now(self: &Arc<Self>, range: ByteRange) -> Option<Turn> {
-        let mut ranges = self.ranges.lock();
+        self.take(&mut self.ranges.lock(), range)
+    }
+
+    fn take(self: &Arc<Self>, ranges: &mut Vec<ByteRange>, range: ByteRange) -> Option<Turn> {
         if ranges.iter().any(|other| other.overlaps(&range)) {
             return None;
         }
@@ -225,18 +237,19 @@ impl Hidden {
         self.entries.lock().by_node.get(&nodeid).map(|known| known.entry.clone()).ok_or(Errno::STALE)
     }
 
-    /// The inode that a hidden file stands for, if the node that asks has a session now. `None`: it stands for the LUN.
+    /// What a hidden file stands for now.
     ///
     /// # Errors
-    /// EACCES without a session, ESTALE for a file that nobody looked up.
-    pub(crate) fn inode(&self, nodeid: u64) -> Result<Option<Arc<Inode>>, Errno> {
+    /// ESTALE for one that nobody looked up or whose file is gone; EACCES for a file without a session of the node that asks
+    /// (of blocks that is asked with the right to them).
+    pub(crate) fn target(&self, nodeid: u64) -> Result<Target, Errno> {
         let owner = self.owner()?;
         match self.entry(nodeid)? {
-            Entry::Block(_) => Ok(None),
+            Entry::Block(token) => Ok(Target::Blocks(token)),
             Entry::File(token, file) => {
                 owner.coordinator.token_node(&token).ok_or(Errno::ACCESS)?;
                 // Looked up each time: the number may have been given to another file.
-                owner.client.inodes.by_file(file).map(Some).ok_or(Errno::STALE)
+                owner.client.inodes.by_file(file).map(Target::File).ok_or(Errno::STALE)
             }
         }
     }
@@ -254,14 +267,10 @@ impl Hidden {
         Ok(HiddenAttr { nodeid, size, directory: false })
     }
 
-    /// The right to read or write these blocks of the LUN without waiting for anybody, for the hot path. `None`: it is
-    /// another kind of file, or the blocking way has to look.
-    pub(crate) fn block_io(&self, nodeid: u64, range: ByteRange, write: bool) -> Option<BlockIo> {
+    /// The right to read or write these blocks of the LUN without waiting for anybody, for the hot path. `None`: the
+    /// blocking way has to look.
+    pub(crate) fn block_io(&self, token: &str, range: ByteRange, write: bool) -> Option<BlockIo> {
         let owner = self.owner.as_ref()?;
-        let token = match &self.entries.lock().by_node.get(&nodeid)?.entry {
-            Entry::Block(token) => token.clone(),
-            Entry::File(..) => return None,
-        };
         let block = u64::from(owner.lun.logical_block_bytes());
         if range.is_empty()
             || range.end > owner.lun.capacity_bytes()
@@ -270,7 +279,7 @@ impl Hidden {
             return None;
         }
         let turn = if write { Some(owner.writing.turn_now(range)?) } else { None };
-        let guard = owner.coordinator.block_begin(&token, range.start, range.len(), write).ok()?;
+        let guard = owner.coordinator.block_begin(token, range.start, range.len(), write).ok()?;
         Some(BlockIo { _guard: guard, _turn: turn })
     }
 
@@ -284,37 +293,30 @@ impl Hidden {
     /// Reads; may block.
     pub(crate) fn read(&self, nodeid: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
         let owner = self.owner()?;
-        if let Some(inode) = self.inode(nodeid)? {
-            return owner.client.read(Caller::default(), &inode, offset, len);
-        }
-        match self.entry(nodeid)? {
-            Entry::Block(token) => owner.read_block(&token, offset, len),
-            Entry::File(..) => Err(Errno::STALE),
+        match self.target(nodeid)? {
+            Target::Blocks(token) => owner.read_block(&token, offset, len),
+            Target::File(inode) => owner.client.read(Caller::default(), &inode, offset, len),
         }
     }
 
     /// Writes; may block.
     pub(crate) fn write(&self, nodeid: u64, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let owner = self.owner()?;
-        if let Some(inode) = self.inode(nodeid)? {
-            let write = WriteAt { offset, data, append: false, kill_setid: false, for_other: true };
-            return owner.client.write(Caller::default(), &inode, write);
-        }
-        match self.entry(nodeid)? {
-            Entry::Block(token) => owner.write_block(&token, offset, data),
-            Entry::File(..) => Err(Errno::STALE),
+        match self.target(nodeid)? {
+            Target::Blocks(token) => owner.write_block(&token, offset, data),
+            Target::File(inode) => {
+                let write = WriteAt { offset, data, append: false, kill_setid: false, for_other: true };
+                owner.client.write(Caller::default(), &inode, write)
+            }
         }
     }
 
     /// fsync of a hidden file: the LUN, or the file behind it.
     pub(crate) fn fsync(&self, nodeid: u64) -> Result<(), Errno> {
         let owner = self.owner()?;
-        match self.entry(nodeid)? {
-            Entry::Block(_) => owner.lun.flush().map_err(|_| Errno::IO),
-            Entry::File(..) => match self.inode(nodeid)? {
-                Some(inode) => owner.client.fsync(Caller::default(), &inode, false),
-                None => Err(Errno::STALE),
-            },
+        match self.target(nodeid)? {
+            Target::Blocks(_) => owner.lun.flush().map_err(|_| Errno::IO),
+            Target::File(inode) => owner.client.fsync(Caller::default(), &inode, false),
         }
     }
 }

@@ -1,7 +1,8 @@
 //! One read or write of the data path that needs no thought any more: which LUN blocks, which buffer, and what is held
 //! until it is over.
 
-use super::hidden::BlockIo;
+use super::abi::{InHeader, IoIn};
+use super::hidden::{BlockIo, Hidden};
 use crate::client::VolumeClient;
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
@@ -49,9 +50,48 @@ pub(super) struct Hot {
     pub(super) buf: AlignedBuf,
 }
 
-/// Whole blocks around `len` bytes at `place`: where they begin, how many bytes, where the asked ones begin in
-/// them, and how many those are. `None` when it does not fit one I/O.
-pub(super) fn span(place: LunOffset, len: u64, block: u64) -> Option<(LunOffset, usize, usize, usize)> {
+impl Hot {
+    /// A read of these blocks into `buf`.
+    pub(super) fn read(
+        header: &InHeader,
+        io: IoIn,
+        holds: Holds,
+        (place, block_len, skip, len): Span,
+        buf: AlignedBuf,
+    ) -> Hot {
+        Hot {
+            unique: header.unique,
+            caller: caller(header),
+            holds,
+            place,
+            block_len,
+            skip,
+            len,
+            offset: io.offset,
+            write: false,
+            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
+            buf,
+        }
+    }
+
+    /// A write of whole blocks to `place`; the data is to be put in.
+    pub(super) fn write(header: &InHeader, io: IoIn, holds: Holds, place: LunOffset) -> Hot {
+        let len = io.size as usize;
+        Hot { write: true, ..Hot::read(header, io, holds, (place, len, 0, len), AlignedBuf::new(0)) }
+    }
+}
+
+/// Who asks.
+pub(super) fn caller(header: &InHeader) -> Caller {
+    Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask: 0 }
+}
+
+/// Whole blocks around some bytes: where they begin, how many bytes, where the asked ones begin in them, and how many
+/// those are.
+pub(super) type Span = (LunOffset, usize, usize, usize);
+
+/// The blocks around `len` bytes at `place`. `None` when it does not fit one I/O.
+pub(super) fn span(place: LunOffset, len: u64, block: u64) -> Option<Span> {
     let wide = ByteRange::at(place.0, len).align_out(block);
     let block_len = usize::try_from(wide.len()).ok()?;
     let skip = usize::try_from(place.0 - wide.start).ok()?;

@@ -16,18 +16,17 @@
 
 use super::abi;
 use super::device::{Device, IO_BYTES_MAX};
-use super::hidden::Hidden;
-use super::hot::{Holds, Hot, span};
+use super::hidden::{Hidden, Target};
+use super::hot::{Holds, Hot, caller, span};
 use super::meta::Meta;
 use super::redirect::Redirect;
 use super::slow::{Slow, Sync, WriteWhat};
 use crate::client::VolumeClient;
-use crate::client::channel::Caller;
 use crate::client::count;
 use crate::client::inode::Inode;
 use crate::pool::Pool;
 use abi::{InHeader, IoIn, LkIn};
-use csv_layout::cache::{IoToken, Outcome, Segment};
+use csv_layout::cache::Segment;
 use csv_lun::{AlignedBuf, Lun, LunError, Ring, RingIo};
 use csv_types::{ByteRange, LunOffset};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -332,13 +331,10 @@ impl Pump {
 
     fn read(&mut self, header: &InHeader, io: IoIn) {
         if Hidden::owns(header.nodeid) {
-            let inode = match self.hidden.inode(header.nodeid) {
-                Ok(inode) => inode,
+            let hot = match self.hidden.target(header.nodeid) {
+                Ok(Target::File(inode)) => self.hot_read(header, io, &inode),
+                Ok(Target::Blocks(token)) => self.hot_block_read(header, io, &token),
                 Err(errno) => return self.device.error(header.unique, errno),
-            };
-            let hot = match &inode {
-                Some(inode) => self.hot_read(header, io, inode),
-                None => self.hot_block_read(header, io),
             };
             match hot {
                 Some(hot) => self.deferred = Some(hot),
@@ -361,46 +357,23 @@ impl Pump {
         }
     }
 
-    /// The token of an I/O that needs no read-modify-write.
-    fn plain_hit(&self, inode: &Inode, outcome: Outcome) -> Option<IoToken> {
-        match outcome {
-            Outcome::Hit(token) => Some(token),
-            Outcome::HitRmw(token) => {
-                self.client.end_io(inode, token, false);
-                None
-            }
-            Outcome::Busy | Outcome::Miss => None,
-        }
-    }
-
     fn hot_read(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
         let block = u64::from(self.direct_lun()?.logical_block_bytes());
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
         let outcome = inode.io.lock().cache.begin_read(range, &mut self.segments);
-        let token = self.plain_hit(inode, outcome)?;
+        let token = self.client.plain_hit(inode, outcome)?;
         let placed = match self.segments.as_slice() {
             [segment] => segment.lun_offset.and_then(|place| span(place, segment.len, block)),
             // Several pieces, or a hole.
             _ => None,
         };
-        let Some((place, block_len, skip, len)) = placed else {
+        let Some(span) = placed else {
             self.client.end_io(inode, token, false);
             return None;
         };
-        Some(Hot {
-            unique: header.unique,
-            caller: caller(header),
-            holds: Holds::Layout { inode: inode.clone(), token },
-            place,
-            block_len,
-            skip,
-            len,
-            offset: io.offset,
-            write: false,
-            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
-            buf: self.client.bufs.take(block_len),
-        })
+        let holds = Holds::Layout { inode: inode.clone(), token };
+        Some(Hot::read(header, io, holds, span, self.client.bufs.take(span.1)))
     }
 
     fn write(&mut self, header: &InHeader, io: IoIn, payload: &mut AlignedBuf) {
@@ -409,17 +382,14 @@ impl Pump {
             return self.device.error(header.unique, Errno::INVAL);
         }
         if Hidden::owns(header.nodeid) {
-            let inode = match self.hidden.inode(header.nodeid) {
-                Ok(inode) => inode,
-                Err(errno) => return self.device.error(header.unique, errno),
-            };
             let range = ByteRange::at(io.offset, u64::from(io.size));
-            let hot = match &inode {
-                Some(inode) if inode.io.lock().overwrites(range, self.client.lun_block()) => {
-                    self.hot_write(header, io, inode)
+            let hot = match self.hidden.target(header.nodeid) {
+                Ok(Target::File(inode)) if inode.io.lock().overwrites(range, self.client.lun_block()) => {
+                    self.hot_write(header, io, &inode)
                 }
-                Some(_) => None,
-                None => self.hot_block_write(header, io),
+                Ok(Target::File(_)) => None,
+                Ok(Target::Blocks(token)) => self.hot_block_write(header, io, &token),
+                Err(errno) => return self.device.error(header.unique, errno),
             };
             let buf = self.payload_of(payload, len);
             match hot {
@@ -466,24 +436,12 @@ impl Pump {
         if let Some(from) = ahead {
             self.client.ask_ahead(inode, from);
         }
-        let token = self.plain_hit(inode, outcome)?;
+        let token = self.client.plain_hit(inode, outcome)?;
         let [Segment { lun_offset: Some(place), .. }] = self.segments.as_slice() else {
             self.client.end_io(inode, token, false);
             return None;
         };
-        Some(Hot {
-            unique: header.unique,
-            caller: caller(header),
-            holds: Holds::Layout { inode: inode.clone(), token },
-            place: *place,
-            block_len: io.size as usize,
-            skip: 0,
-            len: io.size as usize,
-            offset: io.offset,
-            write: true,
-            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
-            buf: AlignedBuf::new(0),
-        })
+        Some(Hot::write(header, io, Holds::Layout { inode: inode.clone(), token }, *place))
     }
 
     /// The deferred I/O is alone: in line. True when there was one.
@@ -629,42 +587,17 @@ impl Pump {
         self.lun.as_ref().filter(|lun| !lun.is_faulty())
     }
 
-    fn hot_block_read(&self, header: &InHeader, io: IoIn) -> Option<Hot> {
+    fn hot_block_read(&self, header: &InHeader, io: IoIn, token: &str) -> Option<Hot> {
         let block = u64::from(self.block_lun()?.logical_block_bytes());
-        let held =
-            self.hidden.block_io(header.nodeid, ByteRange::at(io.offset, u64::from(io.size)), false)?;
-        let (place, block_len, skip, len) = span(LunOffset(io.offset), u64::from(io.size), block)?;
-        Some(Hot {
-            unique: header.unique,
-            caller: caller(header),
-            holds: Holds::Blocks(held),
-            place,
-            block_len,
-            skip,
-            len,
-            offset: io.offset,
-            write: false,
-            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
-            buf: self.client.bufs.take(block_len),
-        })
+        let held = self.hidden.block_io(token, ByteRange::at(io.offset, u64::from(io.size)), false)?;
+        let span = span(LunOffset(io.offset), u64::from(io.size), block)?;
+        Some(Hot::read(header, io, Holds::Blocks(held), span, self.client.bufs.take(span.1)))
     }
 
-    fn hot_block_write(&self, header: &InHeader, io: IoIn) -> Option<Hot> {
+    fn hot_block_write(&self, header: &InHeader, io: IoIn, token: &str) -> Option<Hot> {
         self.block_lun()?;
-        let held = self.hidden.block_io(header.nodeid, ByteRange::at(io.offset, u64::from(io.size)), true)?;
-        Some(Hot {
-            unique: header.unique,
-            caller: caller(header),
-            holds: Holds::Blocks(held),
-            place: LunOffset(io.offset),
-            block_len: io.size as usize,
-            skip: 0,
-            len: io.size as usize,
-            offset: io.offset,
-            write: true,
-            for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
-            buf: AlignedBuf::new(0),
-        })
+        let held = self.hidden.block_io(token, ByteRange::at(io.offset, u64::from(io.size)), true)?;
+        Some(Hot::write(header, io, Holds::Blocks(held), LunOffset(io.offset)))
     }
 
     fn hidden_read(&self, unique: u64, nodeid: u64, offset: u64, len: usize) {
@@ -700,8 +633,4 @@ impl Pump {
             Err(errno) => device.error(caller.request, errno),
         });
     }
-}
-
-fn caller(header: &InHeader) -> Caller {
-    Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask: 0 }
 }

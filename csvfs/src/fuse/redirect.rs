@@ -10,7 +10,7 @@ use super::slow::{Slow, WriteWhat};
 use crate::client::channel::Caller;
 use crate::client::data::SMB_BYTES_MAX;
 use crate::client::inode::Inode;
-use csv_layout::cache::{IoToken, Outcome, Segment};
+use csv_layout::cache::{IoToken, Segment};
 use csv_lun::{AlignedBuf, PooledBuf};
 use csv_smb::jobs::{Job, NotDone, Receiver, Transfer};
 use csv_smb::pool::SmbPool;
@@ -162,14 +162,7 @@ impl Redirect {
                 false => io.cache.begin_read(range, segments),
             }
         };
-        let token = match outcome {
-            Outcome::Hit(token) => token,
-            Outcome::HitRmw(token) => {
-                client.end_io(inode, token, false);
-                return None;
-            }
-            Outcome::Busy | Outcome::Miss => return None,
-        };
+        let token = client.plain_hit(inode, outcome)?;
         match segments.as_slice() {
             [Segment { lun_offset: Some(place), len, .. }] if *len == range.len() => {
                 Some(Way { pool, path: client.smb_blocks().into(), offset: place.0, token: Some(token) })

@@ -31,15 +31,7 @@ impl VolumeClient {
         access: Access,
         extend: bool,
     ) -> Result<(), Errno> {
-        let ahead = inode.io.lock().ahead;
-        let op = Op::LayoutGet(proto::LayoutGet {
-            file: Some(inode.file.into()),
-            offset: range.start,
-            len: range.len(),
-            access: wire_access(access).into(),
-            extend,
-            want_ahead_bytes: ahead,
-        });
+        let op = Op::LayoutGet(layout_get(inode, range, access, extend));
         let receiver = inode.clone();
         let on_reply = Box::new(move |reply: &proto::Reply| receiver.io.lock().take_layout_reply(reply));
         match self.chan.call_with(caller, op, Some(on_reply), self.op_timeout) {
@@ -119,34 +111,27 @@ impl VolumeClient {
 
     /// Asks for more space behind a file whose writer will soon need it; nobody waits for that.
     pub(crate) fn ask_ahead(self: &Arc<Self>, inode: &Arc<Inode>, from: u64) {
-        let want_ahead_bytes = inode.io.lock().ahead;
-        let op = Op::LayoutGet(proto::LayoutGet {
-            file: Some(inode.file.into()),
-            offset: from,
-            len: 1,
-            access: proto::Access::Exclusive.into(),
-            extend: true,
-            want_ahead_bytes,
-        });
+        let get = layout_get(inode, ByteRange::at(from, 1), Access::Exclusive, true);
+        let want_ahead_bytes = get.want_ahead_bytes;
         let (client, receiver) = (self.clone(), inode.clone());
         let done = Box::new(move |outcome: Result<proto::Reply, Errno>| {
-            // What went wrong the writer finds out when it asks itself.
-            receiver.io.lock().no_ahead = true;
-            if let Ok(reply) = outcome {
+            {
                 let mut io = receiver.io.lock();
-                io.take_layout_reply(&reply);
-                let came = io.cache.eof().map_or(0, |eof| eof.alloc_end.saturating_sub(from));
-                io.no_ahead = came < want_ahead_bytes / 2;
-                drop(io);
-                if reply.errno == 0 {
-                    count(&client.counts.layouts_granted, 1);
-                    client.meta.changed(&[receiver.file], &[]);
+                if let Ok(reply) = &outcome {
+                    io.take_layout_reply(reply);
                 }
+                // What went wrong the writer finds out when it asks itself.
+                let came = io.cache.eof().map_or(0, |eof| eof.alloc_end.saturating_sub(from));
+                io.no_ahead = outcome.is_err() || came < want_ahead_bytes / 2;
+            }
+            if outcome.is_ok_and(|reply| reply.errno == 0) {
+                count(&client.counts.layouts_granted, 1);
+                client.meta.changed(&[receiver.file], &[]);
             }
             client.asked(&receiver);
             client.closed(&receiver);
         });
-        if self.chan.start(Caller::default(), op, done).is_err() {
+        if self.chan.start(Caller::default(), Op::LayoutGet(get), done).is_err() {
             self.asked(inode);
         }
     }
@@ -155,6 +140,17 @@ impl VolumeClient {
 /// Space to ask for ahead of a writer that goes on, after this much, in bytes.
 pub(super) fn next_ahead(ahead: u64) -> u64 {
     (ahead * 2).clamp(AHEAD_MIN, AHEAD_MAX)
+}
+
+fn layout_get(inode: &Inode, range: ByteRange, access: Access, extend: bool) -> proto::LayoutGet {
+    proto::LayoutGet {
+        file: Some(inode.file.into()),
+        offset: range.start,
+        len: range.len(),
+        access: wire_access(access).into(),
+        extend,
+        want_ahead_bytes: inode.io.lock().ahead,
+    }
 }
 
 fn wire_access(access: Access) -> proto::Access {

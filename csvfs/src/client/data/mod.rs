@@ -18,7 +18,7 @@ mod write;
 use super::channel::Caller;
 use super::inode::Inode;
 use super::{VolumeClient, proto_now};
-use csv_layout::cache::{IoToken, Return};
+use csv_layout::cache::{IoToken, Outcome, Return};
 use csv_lun::LunError;
 use csv_types::ModeKind;
 use rustix::io::Errno;
@@ -140,6 +140,18 @@ impl VolumeClient {
     /// The path to the LUN failed: redirect, and probe until it is back.
     pub(crate) fn path_failed(&self, why: &str) {
         self.modes.path_failed(why);
+    }
+
+    /// The token of an I/O that needs no read-modify-write.
+    pub(crate) fn plain_hit(&self, inode: &Inode, outcome: Outcome) -> Option<IoToken> {
+        match outcome {
+            Outcome::Hit(token) => Some(token),
+            Outcome::HitRmw(token) => {
+                self.end_io(inode, token, false);
+                None
+            }
+            Outcome::Busy | Outcome::Miss => None,
+        }
     }
 
     /// Ends an I/O under a layout and sends what became free to return.
