@@ -10,6 +10,10 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+
+/// Looks at a size that is being settled again and again.
+const LOOKS_MAX: u32 = 1000;
 
 impl HiddenFs {
     /// Attributes of a file of any type.
@@ -73,21 +77,24 @@ impl HiddenFs {
     /// Attributes through a descriptor that is known to be on `file`.
     pub(super) fn attr_of(&self, fd: &OwnedFd, file: FileId) -> Result<Attr> {
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let statx = || attr_from(&rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?, file);
-        let mut attr = statx()?;
-        if FileType::from_raw_mode(attr.mode) == FileType::RegularFile {
-            match Self::logical_size_of(fd)? {
-                Some(size) => attr.size = size,
-                // Nobody's lock is held here, so the file may have been settled between the two looks, or its size
-                // may begin to run ahead: what runs ahead is the larger one of the sizes before and after.
-                None => {
-                    let after = statx()?;
-                    if after.size < attr.size {
-                        attr = after;
-                    }
-                }
+        let mut looks = 0;
+        // Nobody's lock is held here. A size that ran ahead has its logical size noted; nothing noted and a count
+        // that stands still since before the look mean that the size seen is the one that counts.
+        let mut attr = loop {
+            let settled = self.settled.load(Ordering::SeqCst);
+            let mut attr = attr_from(&rustix::fs::statx(fd, c"", AtFlags::EMPTY_PATH, wanted)?, file)?;
+            looks += 1;
+            if FileType::from_raw_mode(attr.mode) == FileType::RegularFile
+                && let Some(size) = Self::logical_size_of(fd)?
+            {
+                attr.size = size;
+                break attr;
             }
-        }
+            // The bound is for a machine that settles other files without a pause.
+            if self.settled.load(Ordering::SeqCst) == settled || looks == LOOKS_MAX {
+                break attr;
+            }
+        };
         if self.is_orphan(file) || (file == self.root && attr.nlink > 2) {
             // The name in our own directory, and our own directory in the root, are nobody else's business.
             attr.nlink = attr.nlink.saturating_sub(1);

@@ -47,7 +47,7 @@ use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 /// Result of every operation on the hidden file system.
 pub type Result<T> = std::result::Result<T, Errno>;
@@ -77,6 +77,8 @@ pub struct HiddenFs {
     append_locks: Vec<Mutex<()>>,
     /// FALLOC_FL_WRITE_ZEROES was refused once: this kernel, file system or device cannot.
     no_write_zeroes: AtomicBool,
+    /// Noted sizes removed so far, see `size.rs`.
+    settled: AtomicU64,
     /// A flush failed with EIO.
     flush_failed: AtomicBool,
 }

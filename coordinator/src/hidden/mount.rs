@@ -17,7 +17,7 @@ use rustix::mount::{
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 pub use crate::FsKind;
 
@@ -175,6 +175,7 @@ impl HiddenFs {
             orphans: Mutex::new(OrphanSet::default()),
             append_locks: (0..APPEND_LOCKS).map(|_| Mutex::new(())).collect(),
             no_write_zeroes: AtomicBool::new(false),
+            settled: AtomicU64::new(0),
             flush_failed: AtomicBool::new(false),
         };
         match fs.internal_subdir(root, INTERNAL_NAME) {

@@ -13,6 +13,7 @@ use csv_types::FileId;
 use rustix::fs::XattrFlags;
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
 
 const NAME: &str = "trusted.csv.size";
 
@@ -49,10 +50,8 @@ impl HiddenFs {
     /// # Errors
     /// As removexattr; none when nothing was noted.
     pub fn clear_logical_size(&self, file: FileId) -> Result<()> {
-        match rustix::fs::fremovexattr(&self.data_fd(file)?, NAME) {
-            Err(Errno::NODATA) => Ok(()),
-            other => other,
-        }
+        let fd = self.data_fd(file)?;
+        self.forget_noted(&fd)
     }
 
     /// Cuts the file to `size` and forgets the noted size. The modification time stays: the data was written when
@@ -70,10 +69,7 @@ impl HiddenFs {
         }
         rustix::fs::ftruncate(&fd, size)?;
         rustix::fs::futimens(&fd, &mtime)?;
-        match rustix::fs::fremovexattr(&fd, NAME) {
-            Err(Errno::NODATA) => Ok(()),
-            other => other,
-        }
+        self.forget_noted(&fd)
     }
 
     /// Cuts or extends a file, as ftruncate. A noted size ends with it.
@@ -88,7 +84,17 @@ impl HiddenFs {
             rustix::fs::fsetxattr(&fd, NAME, &size.to_le_bytes(), XattrFlags::empty())?;
         }
         rustix::fs::ftruncate(&fd, size).map_err(super::data::read_only_fd)?;
-        if noted { rustix::fs::fremovexattr(&fd, NAME) } else { Ok(()) }
+        if noted { self.forget_noted(&fd) } else { Ok(()) }
+    }
+
+    /// Removes the noted size; the size on disk is right by now. Counted first, for [`HiddenFs::attr_of`]: who saw a
+    /// size that ran ahead and then finds nothing noted sees that the count has moved.
+    fn forget_noted(&self, fd: &OwnedFd) -> Result<()> {
+        self.settled.fetch_add(1, Ordering::SeqCst);
+        match rustix::fs::fremovexattr(fd, NAME) {
+            Err(Errno::NODATA) => Ok(()),
+            other => other,
+        }
     }
 
     /// A cut inside a block zeroes the rest of it through the page cache. A page from before the space was lent would
