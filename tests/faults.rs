@@ -265,7 +265,8 @@ fn strangers_are_refused() -> anyhow::Result<()> {
     let lab = Lab::up_with("strange", "ext4", &["--size", "512M"])?;
     let config = csv_types::config::Config::parse(&lab.sh("n2", "cat /etc/csv/csv.toml")?)?;
     let secrets = config.local.secrets_dir.display().to_string();
-    let control = config.control_addr(config.me());
+    let volume = config.volume(VOLUME).context("no volume")?;
+    let control = config.control_addr(config.me(), volume);
 
     // With TLS 1.3 the server's refusal comes after the handshake, so something has to be read.
     let tls = |more: &str| {

@@ -130,6 +130,9 @@ impl Drop for BlockGuard {
                 core.tidy(*file);
             }
             wake(&mut core);
+            if core.moving {
+                coordinator.quiet.notify_all();
+            }
         }
     }
 }
@@ -176,7 +179,7 @@ impl Coordinator {
     /// As `block_check`, and keeps everybody else off these bytes until the result is dropped.
     ///
     /// # Errors
-    /// As `block_check`.
+    /// As `block_check`; EAGAIN while the volume is being handed over.
     pub fn block_begin(
         &self,
         token: &str,
@@ -185,6 +188,9 @@ impl Coordinator {
         write: bool,
     ) -> Result<BlockGuard, Errno> {
         let mut core = self.core.lock();
+        if core.moving {
+            return Err(Errno::AGAIN);
+        }
         let (node, pieces) = self.lent(&core, token, ByteRange::at(lun_offset, len), write)?;
         let id = core.number();
         for (file, range) in &pieces {

@@ -170,7 +170,7 @@ impl Coordinator {
         if core.stopping || core.stopped {
             return;
         }
-        let epoch = core.epoch.0;
+        let (epoch, moving) = (core.epoch.0, core.moving);
         let max = self.options.limits.calls_per_session_max;
         let Some(session) = core.session(from.node, from.session) else { return };
         if session.running.contains_key(&call.id) {
@@ -178,6 +178,8 @@ impl Coordinator {
         }
         let answer = if let Some(reply) = session.replies.get(call.id) {
             Some(reply.clone())
+        } else if moving {
+            Some(moved(call.id))
         } else if session.calls() >= max {
             let reason = format!("more than {max} calls at once");
             Some(Reply { id: call.id, errno: Errno::AGAIN.raw_os_error(), reason, ..Reply::default() })
@@ -247,7 +249,13 @@ impl Coordinator {
     }
 
     /// Answers a call, unless its session is over.
-    pub(crate) fn reply(&self, core: &mut Core, at: CallRef, reply: Reply) {
+    pub(crate) fn reply(&self, core: &mut Core, at: CallRef, mut reply: Reply) {
+        if core.moving {
+            self.quiet.notify_all();
+            if reply.errno == Errno::INTR.raw_os_error() {
+                reply = moved(at.id);
+            }
+        }
         let Some(session) = core.session(at.node, at.session) else { return };
         session.ended(at.id);
         core.send(at.node, server_message::Body::Reply(reply));
@@ -281,6 +289,11 @@ impl Coordinator {
         });
         Done::nothing()
     }
+}
+
+/// The call was not carried out: the volume moves.
+fn moved(id: u64) -> Reply {
+    Reply { id, errno: csv_proto::MOVED, ..Reply::default() }
 }
 
 /// Must a repeated call be answered from the reply cache? What only reads, and layouts, are simply done again.

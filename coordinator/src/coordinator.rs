@@ -8,7 +8,7 @@ use csv_layout::Extent;
 use csv_layout::table::{Input, LayoutTable, TableConfig, Tick};
 use csv_proto::server_message;
 use csv_types::{ByteRange, FileId, NodeId};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 use std::future::Future;
 use std::sync::{Arc, Weak, mpsc};
@@ -52,6 +52,10 @@ pub struct Coordinator {
     /// True while nodes reclaim what they had at the former coordinator.
     pub(crate) grace: watch::Sender<bool>,
     pub(crate) maintenance: watch::Sender<bool>,
+    /// The volume is being handed over.
+    pub(crate) moved: watch::Sender<bool>,
+    /// During a hand-over: a call or a block I/O has ended.
+    pub(crate) quiet: Condvar,
     /// Serialises writing of the list of sessions.
     pub(crate) roster: Mutex<crate::grace::Roster>,
     started: Instant,
@@ -73,14 +77,20 @@ impl Coordinator {
         let fs = HiddenFs::mount(&options.device, options.fs_kind, options.read_only)?;
         let pool = Pool::new("csv-coord", options.limits.threads_max).map_err(StartError::Threads)?;
         let table = LayoutTable::new(TableConfig::for_epoch(options.epoch, options.recall_ms));
-        let core = Mutex::new(Core::new(options.epoch, table));
+        let mut core = Core::new(options.epoch, table);
+        core.redirect_all = options.redirect_all;
+        core.redirect_nodes.extend(options.redirect_nodes.iter().copied());
+        core.maintenance = options.maintenance;
+        let core = Mutex::new(core);
         let coordinator = Arc::new_cyclic(|me| Coordinator {
             fs,
             pool,
             core,
             me: me.clone(),
             grace: watch::Sender::new(false),
-            maintenance: watch::Sender::new(false),
+            maintenance: watch::Sender::new(options.maintenance),
+            moved: watch::Sender::new(false),
+            quiet: Condvar::new(),
             roster: Mutex::default(),
             started: Instant::now(),
             options,
@@ -197,7 +207,7 @@ impl Coordinator {
         self.end("the coordinator stopped");
     }
 
-    fn end(&self, why: &str) {
+    pub(crate) fn end(&self, why: &str) {
         let sessions: Vec<Session> = {
             let core = &mut *self.core.lock();
             core.stopped = true;

@@ -4,6 +4,7 @@ use crate::calls::{Call, Done, Fail};
 use crate::coordinator::Coordinator;
 use crate::ops_ns::Make;
 use csv_proto::{Count, Data, ListXattr, MapFile, MapReply, StateList, call::Op, reply};
+use rustix::io::Errno;
 
 /// When an operation may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +76,10 @@ impl Coordinator {
         }
         if when == When::Normal {
             self.maintenance_over().await;
+        }
+        // Begun before the hand-over, but what counts is what has been done.
+        if *self.moved.borrow() {
+            return Err(Errno::INTR.into());
         }
         match op {
             Op::Lookup(op) => self.lookup(call, op).await,

@@ -14,6 +14,7 @@ use csv_types::{FileId, NodeId};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
+use tokio::sync::watch;
 
 const NAME: &[u8] = b"sessions";
 const NEW_NAME: &[u8] = b"sessions.new";
@@ -31,8 +32,15 @@ pub(crate) struct Roster {
 impl Coordinator {
     /// Reads the list; somebody in it means grace.
     pub(crate) fn begin_grace(&self) -> Result<(), Errno> {
-        let nodes = self.read_roster()?;
+        let mut nodes = self.read_roster()?;
         self.roster.lock().nodes.clone_from(&nodes);
+        for gone in &self.options.gone {
+            if nodes.remove(gone) {
+                self.event("grace-gone", format!("{} is fenced and not waited for", self.name(*gone)));
+                let gone = *gone;
+                self.spawn(|co| async move { co.delist(gone) });
+            }
+        }
         let orphans = self.fs.orphans();
         let core = &mut *self.core.lock();
         for file in &orphans {
@@ -67,6 +75,18 @@ impl Coordinator {
             if grace.waiting.is_empty() && grace.ending.is_empty() {
                 self.end_grace(core, "every node has reclaimed what it held");
             }
+        }
+    }
+
+    /// A node is fenced: grace does not wait for it.
+    pub(crate) fn not_waited_for(&self, core: &mut Core, node: NodeId) {
+        let Some(grace) = core.grace.as_mut() else { return };
+        grace.members.remove(&node);
+        grace.waiting.remove(&node);
+        grace.ending.remove(&node);
+        self.spawn(|co| async move { co.delist(node) });
+        if grace.waiting.is_empty() && grace.ending.is_empty() {
+            self.end_grace(core, "every node that is left has reclaimed what it held");
         }
     }
 
@@ -147,16 +167,22 @@ impl Coordinator {
 
     /// Waits until grace is over; it is bounded by a few leases.
     pub(crate) async fn grace_over(&self) {
-        let mut grace = self.grace.subscribe();
-        // An error would mean that the coordinator is gone, and this with it.
-        let _over = grace.wait_for(|grace| !*grace).await;
+        self.until_false(&self.grace).await;
     }
 
     /// Waits until maintenance is over.
     pub(crate) async fn maintenance_over(&self) {
-        let mut maintenance = self.maintenance.subscribe();
-        // See `grace_over`.
-        let _over = maintenance.wait_for(|on| !*on).await;
+        self.until_false(&self.maintenance).await;
+    }
+
+    /// A hand-over ends the wait too.
+    async fn until_false(&self, what: &watch::Sender<bool>) {
+        let (mut what, mut moved) = (what.subscribe(), self.moved.subscribe());
+        // Errors would mean that the coordinator is gone, and this with it.
+        tokio::select! {
+            _over = what.wait_for(|on| !*on) => {}
+            _moved = moved.wait_for(|moved| *moved) => {}
+        }
     }
 
     /// Puts a node on the list before it gets a session.

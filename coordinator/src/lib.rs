@@ -18,7 +18,9 @@
 //! coordinator.fs() -> &HiddenFs
 //! coordinator.crash()                                    as a power cut
 //! coordinator.stop()                                     blocking: recalls, settles, syncs
-//! grpc::serve(Arc<Coordinator>, std::net::TcpListener, grpc::TlsFiles{ca,cert,key}, shutdown: watch::Receiver<bool>)
+//! coordinator.hand_over(limit) -> HandedOver             blocking: ends the calls, syncs, recalls nothing
+//! coordinator.nodes_gone(&[NodeId])                      they are fenced
+//! grpc::serve(grpc::Place, std::net::TcpListener, grpc::TlsFiles{ca,cert,key}, shutdown: watch::Receiver<bool>)
 //!     -> Result<(), ServeError>                          async; node names come from Options.nodes
 //! ```
 //!
@@ -49,6 +51,7 @@ mod exec;
 mod gets;
 mod grace;
 pub mod grpc;
+mod handover;
 pub mod hidden;
 mod layouts;
 mod leases;
@@ -68,4 +71,5 @@ mod tests;
 
 pub use block::BlockGuard;
 pub use coordinator::{Coordinator, StartError};
+pub use handover::HandedOver;
 pub use options::{EventSink, Fence, FsKind, Limits, Options, Order, Outbox, Refusal, SessionRef};

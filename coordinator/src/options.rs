@@ -50,6 +50,14 @@ pub struct Options {
     pub limits: Limits,
     /// All nodes of the cluster with their names.
     pub nodes: Vec<(NodeId, String)>,
+    /// Nodes that are known to be unable to write the LUN: what they held is free, nobody waits for them.
+    pub gone: Vec<NodeId>,
+    /// Orders that stand: file-system redirection for everybody, for these nodes, and maintenance.
+    pub redirect_all: bool,
+    /// See `redirect_all`.
+    pub redirect_nodes: Vec<NodeId>,
+    /// See `redirect_all`.
+    pub maintenance: bool,
     /// The node on which this coordinator runs.
     pub own_node: NodeId,
     /// Where events go.

@@ -38,7 +38,7 @@ impl Coordinator {
         self.enlist(&mut roster, node)
             .map_err(|errno| refuse(errno, "the list of sessions cannot be written to the volume"))?;
         let core = &mut *self.core.lock();
-        if core.stopping || core.stopped {
+        if core.stopping || core.stopped || core.moving {
             return Err(refuse(Errno::AGAIN, "the coordinator is stopping"));
         }
         let same = core.sessions.get(&node).map(|session| (session.bytes == hello.session, session.doomed));

@@ -195,6 +195,8 @@ pub(crate) struct Core {
     pub(crate) redirect_all: bool,
     pub(crate) redirect_nodes: BTreeSet<NodeId>,
     pub(crate) maintenance: bool,
+    /// The volume is being handed over: no call is begun, and one that waits ends.
+    pub(crate) moving: bool,
     /// No more calls are taken.
     pub(crate) stopping: bool,
     pub(crate) stopped: bool,
@@ -222,6 +224,7 @@ impl Core {
             redirect_all: false,
             redirect_nodes: BTreeSet::new(),
             maintenance: false,
+            moving: false,
             stopping: false,
             stopped: false,
             changes: 0,

@@ -5,6 +5,7 @@ use crate::app::App;
 use anyhow::{Context, Result};
 use csv_proto as proto;
 use csv_types::admin::{Answer, LINE_BYTES_MAX, MapExtent, Request, VolumeState};
+use csv_types::config::NodeConfig;
 use proto::call::Op;
 use proto::reply::Body;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -88,9 +89,7 @@ fn handle(app: &Arc<App>, request: Request) -> Result<Answer> {
     match request {
         Request::State { .. } => Ok(Answer::State { rows: states(app) }),
         Request::Redirect { on, node, .. } => {
-            let node = node
-                .map(|name| app.config.node(&name).map(|node| node.id.0).with_context(|| no_node(app, &name)))
-                .transpose()?;
+            let node = node.map(|name| node_number(app, &name)).transpose()?;
             order(app, proto::AdminOrder { redirect: Some(on), maintenance: None, node })
         }
         Request::Maintenance { on, .. } => {
@@ -106,6 +105,8 @@ fn handle(app: &Arc<App>, request: Request) -> Result<Answer> {
         Request::Crash { .. } => app.crash(),
         Request::Map { path, .. } => map(app, &path),
         Request::Events { after } => Ok(Answer::Events { events: app.client.events.after(after) }),
+        Request::Role { order, .. } => app.role_order(order).map(|()| Answer::Ok),
+        Request::Fence { .. } => anyhow::bail!("csvfs fences nobody; ask csvd"),
         Request::Stop => {
             app.stop_soon();
             Ok(Answer::Ok)
@@ -113,9 +114,12 @@ fn handle(app: &Arc<App>, request: Request) -> Result<Answer> {
     }
 }
 
-fn no_node(app: &App, name: &str) -> String {
-    let known: Vec<_> = app.config.nodes.iter().map(|node| node.name.as_str()).collect();
-    format!("there is no node \"{name}\"; nodes are {}", known.join(", "))
+fn node_number(app: &App, name: &str) -> Result<u32> {
+    let nodes = app.nodes.read();
+    nodes.all.iter().find(|node| node.name == name).map(|node| node.id.0).with_context(|| {
+        let known: Vec<_> = nodes.all.iter().map(|node| node.name.as_str()).collect();
+        format!("there is no node \"{name}\"; nodes are {}", known.join(", "))
+    })
 }
 
 fn order(app: &Arc<App>, order: proto::AdminOrder) -> Result<Answer> {
@@ -139,19 +143,19 @@ fn states(app: &Arc<App>) -> Vec<VolumeState> {
         };
     rows.retain(|row| row.node != own.node);
     rows.push(own);
-    for node in &app.config.nodes {
+    let nodes = app.nodes.read().clone();
+    for node in &nodes.all {
         if !rows.iter().any(|row| row.node == node.name) {
-            rows.push(unknown_row(app, &node.name));
+            rows.push(unknown_row(app, node, nodes.owner == Some(node.id)));
         }
     }
     rows.sort_by(|a, b| a.node.cmp(&b.node));
     rows
 }
 
-fn unknown_row(app: &App, node: &str) -> VolumeState {
-    let coordinator = app.volume.coordinator == node;
+fn unknown_row(app: &App, node: &NodeConfig, coordinator: bool) -> VolumeState {
     VolumeState {
-        node: node.to_owned(),
+        node: node.name.clone(),
         volume: app.volume.name.clone(),
         role: if coordinator { "coordinator" } else { "data-server" }.to_owned(),
         mode: csv_types::Mode {

@@ -1,8 +1,8 @@
 //! Puts a volume together on this node and takes it apart again.
 //!
-//! Start, on the coordinator: label and LUN are checked, the FUSE mount is made, the epoch is raised, the file
-//! system is mounted (hidden), the local session is connected, then the control service and smbd open for others.
-//! On a data server: LUN (if there is a path), FUSE mount, session.
+//! Start: the LUN is opened (if there is a path) and its label checked, the FUSE mount is made and served, the control
+//! service listens, smbd stands by. Then somebody says what this node is to be for the volume ([`crate::role`]): csvd, or
+//! csv.toml where membership is fixed.
 //!
 //! Whatever fails before the mount is served ends the process with an error that says what to do; csvd starts it
 //! again later.
@@ -12,16 +12,17 @@ use crate::client::{ClientOptions, VolumeClient};
 use crate::events::Events;
 use crate::fuse::device::Device;
 use crate::fuse::hidden::Hidden;
-use crate::{admin, export, fuse, link};
+use crate::role::Role;
+use crate::takeover::{mount_note, open_labelled};
+use crate::{admin, export, fuse};
 use anyhow::{Context, Result, bail};
-use csv_coordinator::{Coordinator, FsKind};
-use csv_lun::{Lun, LunOptions};
+use csv_coordinator::grpc::Place;
+use csv_lun::Lun;
 use csv_proto as proto;
-use csv_types::admin::Answer;
-use csv_types::config::{Config, VolumeConfig};
+use csv_types::admin::{Answer, RoleOrder, TakeOrder};
+use csv_types::config::{Config, NodeConfig, VolumeConfig};
 use csv_types::{Epoch, NodeId};
-use parking_lot::{Condvar, Mutex};
-use std::path::{Path, PathBuf};
+use parking_lot::{Condvar, Mutex, RwLock};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -30,22 +31,35 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_secs(1);
 /// How long a clean stop waits for open files to be closed.
 const OPEN_FILES_WAIT: Duration = Duration::from_secs(2);
-/// Heartbeat periods for which a label that says "in use" is watched.
-const HEARTBEATS_WATCHED: u32 = 3;
+
+/// The nodes, as this node knows them.
+#[derive(Debug, Clone)]
+pub(crate) struct Nodes {
+    pub(crate) all: Vec<NodeConfig>,
+    /// Who coordinates the volume.
+    pub(crate) owner: Option<NodeId>,
+}
+
+/// How long a power cut waits for an order that is being carried out.
+const CRASH_WAIT: Duration = Duration::from_secs(1);
 
 /// One volume on one node.
 pub(crate) struct App {
     pub(crate) config: Config,
     pub(crate) volume: VolumeConfig,
     pub(crate) client: Arc<VolumeClient>,
-    pub(crate) coordinator: Option<Arc<Coordinator>>,
+    pub(crate) role: Mutex<Role>,
+    pub(crate) last_epoch: Mutex<Epoch>,
+    pub(crate) nodes: RwLock<Nodes>,
+    pub(crate) hidden: Arc<Hidden>,
+    pub(crate) place: Place,
     device: Arc<Device>,
     smbd: Mutex<Option<csv_smb::smbd::Smbd>>,
     stopping: AtomicBool,
     /// The FUSE connection is over.
     served: (Mutex<bool>, Condvar),
     taken_apart: AtomicBool,
-    runtime: tokio::runtime::Runtime,
+    pub(crate) runtime: tokio::runtime::Runtime,
 }
 
 impl std::fmt::Debug for App {
@@ -58,12 +72,6 @@ impl std::fmt::Debug for App {
 fn net_threads() -> usize {
     const THREADS_MAX: usize = 4;
     std::thread::available_parallelism().map_or(1, |cpus| (cpus.get() / 2).clamp(1, THREADS_MAX))
-}
-
-/// The LUN with what its label says.
-struct Labelled {
-    lun: Arc<Lun>,
-    label: csv_ondisk::Label,
 }
 
 /// Runs the volume until it is stopped.
@@ -94,22 +102,19 @@ pub(crate) fn run(config: Config, volume: &str) -> Result<()> {
 fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
     let me = config.me().id;
     let events = Arc::new(Events::new(me, &volume.name, &config.local.state_dir));
-    let is_coordinator = volume.coordinator == config.local.node;
-    let labelled = open_lun(&config, &volume, is_coordinator, &events)?;
+    let lun = open_lun(&config, &volume, &events)?;
     let mount_point = config.local.mount_dir.join(&volume.name);
     let socket = config.local.run_dir.join(format!("{}.sock", volume.name));
     if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
         bail!("another csvfs already serves volume {} here ({} answers)", volume.name, socket.display());
     }
     let device = Arc::new(Device::mount(&volume.name, &mount_point)?);
-    let lun = labelled.as_ref().map(|labelled| labelled.lun.clone());
     let client = Arc::new(VolumeClient::new(ClientOptions {
         volume: volume.name.clone(),
         node_name: config.local.node.clone(),
         node: me,
-        is_coordinator,
         op_timeout: Duration::from_millis(config.cluster.op_timeout_ms),
-        modes: Modes::new(lun, is_coordinator, events.clone()),
+        modes: Modes::new(lun, events.clone()),
         events,
     }));
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -118,15 +123,15 @@ fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
         .thread_name("csvfs-net")
         .build()
         .context("cannot start the network threads")?;
-    let coordinator = match labelled {
-        Some(labelled) if is_coordinator => Some(start_coordinator(&config, &volume, &client, &labelled)?),
-        Some(_) | None => None,
-    };
     let app = Arc::new(App {
+        role: Mutex::default(),
+        last_epoch: Mutex::new(Epoch(0)),
+        nodes: RwLock::new(Nodes { all: config.nodes.clone(), owner: None }),
+        hidden: Arc::new(Hidden::new(client.clone())),
+        place: Place::default(),
         config,
         volume,
         client,
-        coordinator,
         device,
         smbd: Mutex::new(None),
         stopping: AtomicBool::new(false),
@@ -134,17 +139,14 @@ fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
         taken_apart: AtomicBool::new(false),
         runtime,
     });
-    app.connect()?;
+    export::control(&app.runtime, &app.config, &app.volume, app.place.clone())?;
+    app.role_by_configuration()?;
     admin::serve(&app, &socket)?;
     Ok(app)
 }
 
-fn open_lun(
-    config: &Config,
-    volume: &VolumeConfig,
-    is_coordinator: bool,
-    events: &Events,
-) -> Result<Option<Labelled>> {
+fn open_lun(config: &Config, volume: &VolumeConfig, events: &Events) -> Result<Option<Arc<Lun>>> {
+    let is_coordinator = volume.coordinator.as_ref() == Some(&config.local.node);
     let Some(path) = &volume.lun else {
         if is_coordinator {
             bail!("this node coordinates {} but csv.toml names no `lun` for it here", volume.name);
@@ -152,7 +154,7 @@ fn open_lun(
         return Ok(None);
     };
     match open_labelled(config, volume, path) {
-        Ok(labelled) => Ok(Some(labelled)),
+        Ok(lun) => Ok(Some(lun)),
         Err(error) if is_coordinator => Err(error),
         // A data server works without a path, by redirection, and says why.
         Err(error) => {
@@ -162,119 +164,8 @@ fn open_lun(
     }
 }
 
-fn open_labelled(config: &Config, volume: &VolumeConfig, path: &Path) -> Result<Labelled> {
-    let lun = Lun::open(path, LunOptions::default())?;
-    let label = csv_lun::label::read_label(&lun)?.with_context(|| {
-        format!(
-            "{} carries no csvfs volume; make one with `csvctl volume create --lun {} --name {}`",
-            path.display(),
-            path.display(),
-            volume.name
-        )
-    })?;
-    if label.cluster_id != config.cluster.id {
-        bail!(
-            "{} belongs to another cluster (id {}); this cluster is {}. If that cluster is gone, make the volume \
-             again with `csvctl volume create --force`",
-            path.display(),
-            label.cluster_id,
-            config.cluster.id
-        );
-    }
-    if label.name != volume.name {
-        bail!("{} is volume {}, not {}; correct `lun` in csv.toml", path.display(), label.name, volume.name);
-    }
-    Ok(Labelled { lun: Arc::new(lun), label })
-}
-
-fn start_coordinator(
-    config: &Config,
-    volume: &VolumeConfig,
-    client: &Arc<VolumeClient>,
-    labelled: &Labelled,
-) -> Result<Arc<Coordinator>> {
-    let device = volume.lun.clone().context("no LUN")?;
-    if let Some(user) = csv_lun::is_mounted(&device)? {
-        bail!("{} is in use: {user}; end that first, csvfs mounts it itself", device.display());
-    }
-    refuse_in_use_elsewhere(labelled, client.node, config)?;
-    let epoch: Epoch = csv_lun::label::bump_epoch(&labelled.lun, client.node)?;
-    // What this node's page cache knows of the LUN is older than what other coordinators wrote.
-    labelled.lun.drop_page_cache()?;
-    let unsynced_lost = unsynced_lost(config, volume, labelled, client.node)?;
-    let events = client.events.clone();
-    let fence_events = client.events.clone();
-    let options = csv_coordinator::Options {
-        volume_name: volume.name.clone(),
-        volume_id: labelled.label.volume_id.0,
-        epoch,
-        device,
-        fs_kind: match labelled.label.fs {
-            csv_ondisk::FsKind::Ext4 => FsKind::Ext4,
-            csv_ondisk::FsKind::Xfs => FsKind::Xfs,
-        },
-        read_only: false,
-        unsynced_lost,
-        lease_ms: config.cluster.lease_ms,
-        recall_ms: config.cluster.recall_ms,
-        limits: csv_coordinator::Limits::default(),
-        nodes: config.nodes.iter().map(|node| (node.id, node.name.clone())).collect(),
-        own_node: client.node,
-        on_event: Arc::new(move |kind, message| events.report(kind, message)),
-        fence: Arc::new(move |node: NodeId| {
-            fence_events.report("fence", format!("node {node} is fenced: its lease has to run out"));
-            // Without reservations a node is certain to be out only when its lease is over.
-            false
-        }),
-    };
-    Coordinator::start(options).with_context(|| format!("volume {} cannot be taken", volume.name))
-}
-
-/// Where this node notes that it has the volume mounted, and since which boot.
-fn mount_note(config: &Config, volume: &str) -> PathBuf {
-    config.local.state_dir.join(format!("{volume}.mounted"))
-}
-
-/// Did the last ownership end without writing back what was not synced? ext4 tells by its superblock. XFS does not:
-/// there a csvfs that was only killed (same node, same boot: the kernel has unmounted and written back) is told from a
-/// power cut by a note of the boot; whatever is not certain counts as lost.
-fn unsynced_lost(config: &Config, volume: &VolumeConfig, labelled: &Labelled, me: NodeId) -> Result<bool> {
-    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let note = mount_note(config, &volume.name);
-    let same_boot = !boot.is_empty() && std::fs::read_to_string(&note).is_ok_and(|noted| noted == boot);
-    let label = &labelled.label;
-    let lost = match csv_lun::probe::ext4_needs_recovery(&labelled.lun)? {
-        Some(needs_recovery) => needs_recovery,
-        None => label.in_use && !(label.owner == me && same_boot),
-    };
-    std::fs::write(&note, boot).with_context(|| format!("cannot write {}", note.display()))?;
-    Ok(lost)
-}
-
-/// Watches the heartbeat in the label when another node has the volume in use by its own account: the first guard
-/// for every file system, before ext4's `mmp`.
-fn refuse_in_use_elsewhere(labelled: &Labelled, me: NodeId, config: &Config) -> Result<()> {
-    let seen = &labelled.label;
-    if !seen.in_use || seen.owner == me {
-        return Ok(());
-    }
-    std::thread::sleep(csv_lun::label::HEARTBEAT_PERIOD * HEARTBEATS_WATCHED);
-    let now = csv_lun::label::read_label(&labelled.lun)?.context("the label vanished")?;
-    if (now.heartbeat, now.epoch) != (seen.heartbeat, seen.epoch) {
-        let name =
-            config.node_by_id(now.owner).map_or_else(|| now.owner.to_string(), |node| node.name.clone());
-        bail!(
-            "volume {} is mounted on node {name} right now (epoch {}); stop csvd there first, or correct \
-             `coordinator` in csv.toml",
-            now.name,
-            now.epoch
-        );
-    }
-    Ok(())
-}
-
 impl App {
-    fn hello(&self) -> proto::Hello {
+    pub(crate) fn hello(&self) -> proto::Hello {
         proto::Hello {
             protocol_version: proto::PROTOCOL_VERSION,
             node: self.client.node.0,
@@ -284,38 +175,41 @@ impl App {
         }
     }
 
-    fn connect(self: &Arc<Self>) -> Result<()> {
-        if let Some(coordinator) = &self.coordinator {
-            return link::local::connect(&self.client, coordinator, self.hello());
+    /// Where csv.toml says who coordinates the volume, nobody else does.
+    fn role_by_configuration(self: &Arc<Self>) -> Result<()> {
+        let Some(name) = &self.volume.coordinator else { return Ok(()) };
+        let owner = self.config.node(name).context("checked at parsing")?.clone();
+        let nodes = self.config.nodes.clone();
+        if owner.id != self.client.node {
+            return self.role_order(RoleOrder::Follow { epoch: Epoch(0), owner, nodes });
         }
-        let node = self.config.node(&self.volume.coordinator).context("checked at parsing")?;
-        *self.client.smb.write() = Some(export::pool(&self.config, node, &self.volume.name)?);
-        let target = link::remote::Target {
-            addr: self.config.control_addr(node),
-            name: node.name.clone(),
-            hello: self.hello(),
-        };
-        let tls = link::remote::tls(&self.config.local.secrets_dir, &node.name)?;
-        self.runtime.spawn(link::remote::keep(self.client.clone(), target, tls));
-        Ok(())
+        let lun = self.client.modes.lun().context("no LUN")?;
+        let label = csv_lun::label::read_label(&lun)?.context("the LUN has no label any more")?;
+        self.role_order(RoleOrder::Take(TakeOrder {
+            epoch: Epoch(label.epoch.0.saturating_add(1)),
+            nodes,
+            gone: Vec::new(),
+            certain: false,
+            redirect_all: false,
+            redirect_nodes: Vec::new(),
+            maintenance: false,
+        }))
     }
 
-    /// Serves the mount; on the coordinator opens the control service and the SMB export once it answers.
+    /// Who is in the cluster now.
+    pub(crate) fn set_nodes(&self, all: Vec<NodeConfig>, owner: Option<NodeId>) {
+        *self.nodes.write() = Nodes { all, owner };
+    }
+
     fn serve(self: &Arc<Self>) -> Result<()> {
-        let hidden = match (&self.coordinator, self.client.modes.lun()) {
-            (Some(coordinator), Some(lun)) => Hidden::new(coordinator.clone(), self.client.clone(), lun),
-            _ => Hidden::none(),
-        };
-        if let Some(coordinator) = &self.coordinator {
-            export::control(&self.runtime, &self.config, coordinator)?;
-            // smbd looks at its share when it starts, so the mount has to be served by then.
-            let app = self.clone();
-            std::thread::Builder::new()
-                .name("smbd-start".into())
-                .spawn(move || app.start_smbd())
-                .context("cannot start a thread")?;
-        }
-        fuse::serve(self.device.clone(), self.client.clone(), Arc::new(hidden))
+        // smbd looks at its share when it starts, so the mount has to be served by then. On a node that does not
+        // coordinate the volume it stands by, so that a take-over need not wait for it.
+        let app = self.clone();
+        std::thread::Builder::new()
+            .name("smbd-start".into())
+            .spawn(move || app.start_smbd())
+            .context("cannot start a thread")?;
+        fuse::serve(self.device.clone(), self.client.clone(), self.hidden.clone())
     }
 
     fn start_smbd(&self) {
@@ -361,14 +255,18 @@ impl App {
     }
 
     /// The coordinator's heartbeat in the label. Another epoch there means that another node has taken the volume:
-    /// this one must not touch it any more, and a crash is the one stop that writes nothing.
-    fn beat(&self) {
-        let (Some(coordinator), Some(lun)) = (&self.coordinator, self.client.modes.lun()) else { return };
-        match csv_lun::label::beat(&lun, coordinator.options().epoch) {
+    /// this one must not touch it any more.
+    fn beat(self: &Arc<Self>) {
+        // While orders are carried out there is nothing to beat for.
+        let Some(mut role) = self.role.try_lock() else { return };
+        let Role::Owner(owner) = &*role else { return };
+        let Some(lun) = self.client.modes.lun() else { return };
+        match csv_lun::label::beat(&lun, owner.coordinator.options().epoch) {
             Ok(_) => {}
             Err(error @ csv_lun::LabelIoError::Stale { .. }) => {
-                self.client.events.report("volume-lost", format!("{error}; csvfs ends without writing"));
-                let _ = self.crash();
+                let text = format!("{error}; the file system here ends without writing");
+                self.client.events.report("volume-lost", text);
+                self.lose(&mut role);
             }
             Err(error) => tracing::warn!(%error, "heartbeat"),
         }
@@ -426,10 +324,10 @@ impl App {
             drop(smbd);
         }
         self.device.unmount();
-        if let Some(coordinator) = &self.coordinator {
-            coordinator.stop();
+        if let Role::Owner(owner) = &*self.role.lock() {
+            owner.coordinator.stop();
             if let Some(lun) = self.client.modes.lun() {
-                let _ = csv_lun::label::mark_unused(&lun, coordinator.options().epoch);
+                let _ = csv_lun::label::mark_unused(&lun, owner.coordinator.options().epoch);
             }
         }
         let _ = std::fs::remove_file(self.config.local.run_dir.join(format!("{}.sock", self.volume.name)));
@@ -437,12 +335,21 @@ impl App {
 
     /// As a power cut: nothing that is dirty here reaches the LUN any more.
     pub(crate) fn crash(&self) -> Result<Answer> {
-        if let Some(coordinator) = &self.coordinator {
+        // Whoever holds it may hang in the kernel, which a power cut does not wait for.
+        if let Some(role) = self.role.try_lock_for(CRASH_WAIT)
+            && let Role::Owner(owner) = &*role
+        {
             // After a power cut the boot is another; here it is not.
             let _ = std::fs::remove_file(mount_note(&self.config, &self.volume.name));
-            coordinator.crash();
+            owner.coordinator.crash();
         }
-        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL)?;
+        self.end_now();
         Ok(Answer::Ok)
+    }
+
+    /// Ends the process without anything else.
+    pub(crate) fn end_now(&self) {
+        // A process can always signal itself.
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::events::Events;
 use anyhow::{Context, Result};
-use csv_coordinator::{Coordinator, grpc};
+use csv_coordinator::grpc::{self, Place};
 use csv_smb::pool::{PoolConfig, SmbPool};
 use csv_smb::smbd::{Smbd, SmbdConfig};
 use csv_types::config::{Config, NodeConfig, VolumeConfig};
@@ -25,18 +25,18 @@ fn smb_password(config: &Config) -> Result<String> {
 ///
 /// # Errors
 /// When the password or the worker program is missing.
-pub(crate) fn pool(config: &Config, node: &NodeConfig, volume: &str) -> Result<Arc<SmbPool>> {
+pub(crate) fn pool(config: &Config, node: &NodeConfig, volume: &VolumeConfig) -> Result<Arc<SmbPool>> {
     let program = std::env::current_exe().context("cannot find own program")?.with_file_name("csv-smbc");
     let pool = SmbPool::new(PoolConfig {
         workers: config.cluster.smb_workers,
-        server: node.addr,
-        port: config.cluster.smb_port,
-        share: volume.to_owned(),
+        server: config.smb_addr(node, volume).ip(),
+        port: config.smb_addr(node, volume).port(),
+        share: volume.name.clone(),
         user: SMB_USER.to_owned(),
         password: smb_password(config)?,
         encrypt: config.cluster.smb_encrypt,
         program,
-        state_dir: config.local.run_dir.join(format!("{volume}.smbc")),
+        state_dir: config.local.run_dir.join(format!("{}.smbc", volume.name)),
         op_timeout: Duration::from_millis(config.cluster.op_timeout_ms.min(10_000)),
     })?;
     Ok(Arc::new(pool))
@@ -53,7 +53,7 @@ pub(crate) fn smbd(config: &Config, volume: &VolumeConfig, events: &Arc<Events>)
             share: volume.name.clone(),
             path: config.local.mount_dir.join(&volume.name),
             addr: config.me().addr,
-            port: config.cluster.smb_port,
+            port: config.smb_addr(config.me(), volume).port(),
             base_dir: config.local.state_dir.join("smb").join(&volume.name),
             run_dir: config.local.run_dir.join(format!("{}.smbd", volume.name)),
             encrypt: config.cluster.smb_encrypt,
@@ -72,19 +72,19 @@ pub(crate) fn smbd(config: &Config, volume: &VolumeConfig, events: &Arc<Events>)
 pub(crate) fn control(
     runtime: &tokio::runtime::Runtime,
     config: &Config,
-    coordinator: &Arc<Coordinator>,
+    volume: &VolumeConfig,
+    place: Place,
 ) -> Result<()> {
-    let addr = config.control_addr(config.me());
+    let addr = config.control_addr(config.me(), volume);
     let listener = TcpListener::bind(addr).with_context(|| {
         format!("cannot listen on {addr} (control_port in csv.toml): is the port in use?")
     })?;
     let pem = |name: &str| -> PathBuf { config.local.secrets_dir.join(name) };
     let tls = grpc::TlsFiles { ca: pem("ca.pem"), cert: pem("node.pem"), key: pem("node.key") };
     let (_keep, shutdown) = tokio::sync::watch::channel(false);
-    let coordinator = coordinator.clone();
     runtime.spawn(async move {
         let _keep = _keep;
-        if let Err(error) = grpc::serve(coordinator, listener, tls, shutdown).await {
+        if let Err(error) = grpc::serve(place, listener, tls, shutdown).await {
             tracing::error!(%error, "the control service ended");
         }
     });

@@ -11,6 +11,8 @@ mod export;
 mod fuse;
 mod link;
 mod pool;
+mod role;
+mod takeover;
 
 use anyhow::{Context, Result};
 use clap::Parser;

@@ -4,12 +4,17 @@
 //! must be a node's name; Hello must then name that node. A peer without such a certificate does not get past the
 //! handshake. A message that is too large, or a stream that does not begin with Hello, ends the stream; the session
 //! stays until its lease is over.
+//!
+//! The server lives as long as the node serves the volume, the coordinator only while this node owns it: streams find it
+//! in a [`Place`], are refused while that is empty, and keep no coordinator alive.
 
+mod place;
 mod tls;
 
 #[cfg(test)]
 mod tests;
 
+pub use place::Place;
 pub use tls::TlsFiles;
 
 use crate::coordinator::Coordinator;
@@ -20,7 +25,7 @@ use csv_types::NodeId;
 use parking_lot::Mutex;
 use rustix::io::Errno;
 use std::net::TcpListener;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::sync::{Notify, watch};
@@ -59,13 +64,13 @@ pub enum ServeError {
 /// # Errors
 /// See [`ServeError`].
 pub async fn serve(
-    coordinator: Arc<Coordinator>,
+    place: Place,
     listener: TcpListener,
     tls: TlsFiles,
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), ServeError> {
-    let incoming = tls::accept(Arc::clone(&coordinator), listener, &tls)?;
-    let service = VolumeServer::new(Service { coordinator })
+    let incoming = tls::accept(place.clone(), listener, &tls)?;
+    let service = VolumeServer::new(Service { place })
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
         .max_encoding_message_size(MESSAGE_BYTES_MAX);
     let server = tonic::transport::Server::builder()
@@ -83,7 +88,7 @@ pub async fn serve(
 }
 
 struct Service {
-    coordinator: Arc<Coordinator>,
+    place: Place,
 }
 
 #[tonic::async_trait]
@@ -95,68 +100,74 @@ impl Volume for Service {
         &self,
         request: Request<Streaming<ClientMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        let node = self.peer(&request)?;
+        let owner = || {
+            self.place
+                .get()
+                .ok_or_else(|| Status::unavailable("this node does not coordinate the volume now"))
+        };
+        let node = peer(&*owner()?, &request)?;
         let mut inbound = request.into_inner();
-        let hello = self.hello(node, &mut inbound).await?;
+        let hello = hello(&self.place, node, &mut inbound).await?;
+        let coordinator = owner()?;
         let (sender, receiver) = unbounded_channel();
         let outbox = Arc::new(StreamOutbox { sender: Mutex::new(Some(sender)), closed: Notify::new() });
-        let (coordinator, out) = (Arc::clone(&self.coordinator), Arc::clone(&outbox));
-        let connect = tokio::task::spawn_blocking(move || coordinator.connect(node, &hello, out));
+        let weak = Arc::downgrade(&coordinator);
+        let out = Arc::clone(&outbox);
+        let connect = tokio::task::spawn_blocking(move || {
+            coordinator.connect(node, &hello, out).map_err(|refusal| refused(&coordinator, node, &refusal))
+        });
         let session = match connect.await {
-            Ok(connected) => connected.map_err(|refusal| self.refused(node, &refusal))?,
+            Ok(connected) => connected?,
             Err(error) => return Err(Status::internal(error.to_string())),
         };
-        tokio::spawn(receive(Arc::clone(&self.coordinator), session, inbound, outbox));
+        tokio::spawn(receive(weak, session, inbound, outbox));
         Ok(Response::new(Box::pin(UnboundedReceiverStream::new(receiver).map(Ok))))
     }
 }
 
-impl Service {
-    /// The node whose name stands in the peer's certificate.
-    fn peer(&self, request: &Request<Streaming<ClientMessage>>) -> Result<NodeId, Status> {
-        let certs =
-            request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
-        let names = certs.first().map(|cert| tls::dns_names(cert)).unwrap_or_default();
-        let nodes = &self.coordinator.options().nodes;
-        if let Some((node, _)) = nodes.iter().find(|(_, name)| names.contains(name)) {
-            return Ok(*node);
-        }
-        let text = format!("a certificate for {names:?} is no node's of this cluster; it was refused");
-        self.coordinator.event("peer-refused", text.clone());
-        Err(Status::permission_denied(text))
+/// The node whose name stands in the peer's certificate.
+fn peer(coordinator: &Coordinator, request: &Request<Streaming<ClientMessage>>) -> Result<NodeId, Status> {
+    let certs =
+        request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
+    let names = certs.first().map(|cert| tls::dns_names(cert)).unwrap_or_default();
+    let nodes = &coordinator.options().nodes;
+    if let Some((node, _)) = nodes.iter().find(|(_, name)| names.contains(name)) {
+        return Ok(*node);
     }
+    let text = format!("a certificate for {names:?} is no node's of this cluster; it was refused");
+    coordinator.event("peer-refused", text.clone());
+    Err(Status::permission_denied(text))
+}
 
-    async fn hello(&self, node: NodeId, inbound: &mut Streaming<ClientMessage>) -> Result<Hello, Status> {
-        let first = tokio::time::timeout(HELLO_MAX, inbound.message())
-            .await
-            .map_err(|_| Status::deadline_exceeded("no Hello came"))??;
-        let Some(ClientMessage { body: Some(client_message::Body::Hello(hello)), .. }) = first else {
-            return Err(Status::invalid_argument("a stream begins with Hello"));
-        };
-        if hello.node != node.0 {
-            let name = self.coordinator.name(node);
-            let text =
-                format!("the certificate is {name}'s, but Hello says node {}; it was refused", hello.node);
-            self.coordinator.event("peer-refused", text.clone());
-            return Err(Status::permission_denied(text));
-        }
-        Ok(hello)
+async fn hello(place: &Place, node: NodeId, inbound: &mut Streaming<ClientMessage>) -> Result<Hello, Status> {
+    let first = tokio::time::timeout(HELLO_MAX, inbound.message())
+        .await
+        .map_err(|_| Status::deadline_exceeded("no Hello came"))??;
+    let Some(ClientMessage { body: Some(client_message::Body::Hello(hello)), .. }) = first else {
+        return Err(Status::invalid_argument("a stream begins with Hello"));
+    };
+    if hello.node != node.0 {
+        let name = place.get().map_or_else(|| node.to_string(), |coordinator| coordinator.name(node));
+        let text = format!("the certificate is {name}'s, but Hello says node {}; it was refused", hello.node);
+        place.event("peer-refused", text.clone());
+        return Err(Status::permission_denied(text));
     }
+    Ok(hello)
+}
 
-    fn refused(&self, node: NodeId, refusal: &Refusal) -> Status {
-        let name = self.coordinator.name(node);
-        self.coordinator.event("session-refused", format!("a session of {name} was refused: {refusal}"));
-        match refusal.errno {
-            Errno::AGAIN => Status::unavailable(refusal.to_string()),
-            Errno::ACCESS => Status::permission_denied(refusal.to_string()),
-            _ => Status::failed_precondition(refusal.to_string()),
-        }
+fn refused(coordinator: &Coordinator, node: NodeId, refusal: &Refusal) -> Status {
+    let name = coordinator.name(node);
+    coordinator.event("session-refused", format!("a session of {name} was refused: {refusal}"));
+    match refusal.errno {
+        Errno::AGAIN => Status::unavailable(refusal.to_string()),
+        Errno::ACCESS => Status::permission_denied(refusal.to_string()),
+        _ => Status::failed_precondition(refusal.to_string()),
     }
 }
 
 /// Takes messages until the stream ends, breaks, or is closed by the coordinator.
 async fn receive(
-    coordinator: Arc<Coordinator>,
+    coordinator: Weak<Coordinator>,
     session: SessionRef,
     mut inbound: Streaming<ClientMessage>,
     outbox: Arc<StreamOutbox>,
@@ -166,6 +177,7 @@ async fn receive(
             message = inbound.message() => message,
             () = outbox.closed.notified() => break,
         };
+        let Some(coordinator) = coordinator.upgrade() else { break };
         match message {
             Ok(Some(message)) => coordinator.message(&session, message),
             Ok(None) => break,
@@ -179,7 +191,9 @@ async fn receive(
     }
     // Ends the stream to the node too, which then connects anew.
     outbox.close("the stream is over");
-    coordinator.disconnected(&session);
+    if let Some(coordinator) = coordinator.upgrade() {
+        coordinator.disconnected(&session);
+    }
 }
 
 /// The way to a node's stream. The queue has no bound of its own: what goes in is bounded by the calls that a

@@ -55,8 +55,9 @@ fn served(rig: &Rig) -> Served {
     let addr = listener.local_addr().unwrap();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     let (stop, stopped) = watch::channel(false);
-    let coordinator = Arc::clone(rig.co());
-    runtime.spawn(async move { serve(coordinator, listener, tls, stopped).await.unwrap() });
+    let place = Place::default();
+    place.set(rig.co());
+    runtime.spawn(async move { serve(place, listener, tls, stopped).await.unwrap() });
     Served { addr, ca, runtime, stop, _dir: dir }
 }
 

@@ -1,8 +1,7 @@
 //! Accepting connections: TCP, then a TLS handshake with a certificate from both sides. Handshakes run beside each
 //! other, bounded in number and time, so that a silent peer keeps nobody else out. A failed one is an event.
 
-use super::ServeError;
-use crate::coordinator::Coordinator;
+use super::{Place, ServeError};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,7 +36,7 @@ pub struct TlsFiles {
 
 /// Connections whose peer has a certificate of the cluster.
 pub(super) fn accept(
-    coordinator: Arc<Coordinator>,
+    place: Place,
     listener: TcpListener,
     files: &TlsFiles,
 ) -> Result<ReceiverStream<std::io::Result<TlsStream<TcpStream>>>, ServeError> {
@@ -62,13 +61,13 @@ pub(super) fn accept(
                 }
             };
             let (acceptor, connections) = (acceptor.clone(), connections.clone());
-            let coordinator = Arc::clone(&coordinator);
+            let place = place.clone();
             tokio::spawn(async move {
                 let _permit = permit;
                 match handshake(&acceptor, stream).await {
                     // The server may be ending.
                     Ok(stream) => drop(connections.send(Ok(stream)).await),
-                    Err(error) => coordinator.event(
+                    Err(error) => place.event(
                         "peer-refused",
                         format!("the TLS handshake of {addr} failed: {error}; it was refused"),
                     ),

@@ -2,6 +2,7 @@
 
 mod grace;
 mod grants;
+mod handover;
 mod names;
 mod node;
 pub(crate) mod rig;

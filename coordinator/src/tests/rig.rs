@@ -32,6 +32,8 @@ pub(crate) struct Rig {
     pub(crate) lease_ms: u64,
     pub(crate) recall_ms: u64,
     pub(crate) limits: Limits,
+    /// Nodes that the next coordinator knows to be fenced.
+    pub(crate) gone: Vec<NodeId>,
     lun: File,
     device: PathBuf,
     kind: FsKind,
@@ -88,6 +90,7 @@ impl Rig {
             lease_ms: 5000,
             recall_ms: 1000,
             limits: Limits::default(),
+            gone: Vec::new(),
             lun,
             device: device.into(),
             kind,
@@ -130,6 +133,10 @@ impl Rig {
             recall_ms: self.recall_ms,
             limits: self.limits,
             nodes: vec![(N1, "n1".to_owned()), (N2, "n2".to_owned()), (N3, "n3".to_owned())],
+            gone: self.gone.clone(),
+            redirect_all: false,
+            redirect_nodes: Vec::new(),
+            maintenance: false,
             own_node: N1,
             on_event: Arc::new(move |kind, message| {
                 events.0.lock().push((kind.to_owned(), message));

@@ -114,9 +114,13 @@ impl Node {
                 Answer::Ok
             }
             Request::Crash { volume } => self.crash(volume, request),
+            Request::Fence { node, .. } => Answer::Error {
+                message: format!("{node} cannot be fenced: this cluster's membership is fixed by csv.toml"),
+            },
             Request::Redirect { volume, .. }
             | Request::Maintenance { volume, .. }
             | Request::Fault { volume, .. }
+            | Request::Role { volume, .. }
             | Request::Map { volume, .. } => self.pass_on(volume, request),
         }
     }
@@ -199,7 +203,7 @@ impl Node {
 
     /// The row of a volume whose csvfs cannot speak for itself.
     fn unavailable(&self, volume: &Volume, why: String) -> VolumeState {
-        let coordinator = self.config.volume(&volume.name).map(|v| v.coordinator.as_str());
+        let coordinator = self.config.volume(&volume.name).and_then(|v| v.coordinator.as_ref());
         let role = if coordinator == Some(&self.config.local.node) { "coordinator" } else { "data-server" };
         VolumeState {
             node: self.config.local.node.clone(),

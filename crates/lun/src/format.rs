@@ -7,6 +7,8 @@
 
 mod mkfs;
 
+pub use mkfs::clear_mmp;
+
 use crate::buf::AlignedBuf;
 use crate::device::{Lun, LunOptions};
 use crate::error::LunError;

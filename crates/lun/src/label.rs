@@ -107,6 +107,22 @@ pub fn bump_epoch(lun: &Lun, owner: NodeId) -> Result<Epoch, LabelIoError> {
     Ok(write_label(lun, &label)?.epoch)
 }
 
+/// As [`bump_epoch`], with the number that the cluster has given out.
+///
+/// # Errors
+/// `Stale` when the label is in this epoch or a later one: the order is out of date, or the cluster's database is.
+pub fn begin_epoch(lun: &Lun, owner: NodeId, epoch: Epoch) -> Result<(), LabelIoError> {
+    let mut label = read_label(lun)?.ok_or(LabelIoError::NoLabel)?;
+    if label.epoch >= epoch {
+        return Err(LabelIoError::Stale { expected: epoch, found: label.epoch, owner: label.owner });
+    }
+    label.epoch = epoch;
+    label.owner = owner;
+    label.in_use = true;
+    label.heartbeat = label.heartbeat.wrapping_add(1);
+    write_label(lun, &label).map(drop)
+}
+
 /// Counts the heartbeat up, every [`HEARTBEAT_PERIOD`] by the owner of `epoch`.
 ///
 /// # Errors

@@ -34,6 +34,10 @@ pub const NAME_BYTES_MAX: usize = 255;
 /// Largest message in either direction, in bytes: 1 MiB of data and room for the rest.
 pub const MESSAGE_BYTES_MAX: usize = (1 << 20) + (64 << 10);
 
+/// Errno of a reply (Linux's EREMCHG) that means: the call was not carried out, because the volume moves to another node. It
+/// is to be sent to the next coordinator as one that was never sent.
+pub const MOVED: i32 = 78;
+
 /// A message that does not fit the protocol; the text names the field.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("malformed control message: {0}")]

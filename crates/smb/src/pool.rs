@@ -16,10 +16,11 @@ use crate::wire::{DATA_BYTES_MAX, Op, Request, StatVfs};
 use crate::worker::{CallError, Worker};
 use parking_lot::{Condvar, Mutex};
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 /// Callers that wait for a worker at one time.
@@ -83,6 +84,10 @@ pub(crate) struct State {
     /// What the receiver waits on; without one there are no jobs.
     pub(crate) receiver: Option<Arc<OwnedFd>>,
     last_key: u64,
+    /// Grows whenever the pool turns to another server; workers of an earlier one are ended.
+    generation: u64,
+    /// Of all workers, also of those that threads have, by their keys.
+    sockets: HashMap<u64, Weak<UnixStream>>,
     /// Number of the last entry of `closings`.
     closing: u64,
     closings: VecDeque<Arc<str>>,
@@ -92,7 +97,7 @@ pub(crate) struct State {
 #[derive(Debug)]
 pub struct SmbPool {
     pub(crate) config: PoolConfig,
-    server: String,
+    server: Mutex<SocketAddr>,
     pub(crate) state: Mutex<State>,
     pub(crate) counts: Counts,
     /// Jobs, with a worker or waiting for one, for those who only look.
@@ -135,7 +140,7 @@ impl SmbPool {
             return Err(SmbError::Program { program: config.program, source });
         }
         write_client_config(&config)?;
-        let server = SocketAddr::new(config.server, config.port).to_string();
+        let server = Mutex::new(SocketAddr::new(config.server, config.port));
         let config = PoolConfig { workers: config.workers.max(1), ..config };
         Ok(SmbPool {
             config,
@@ -243,8 +248,30 @@ impl SmbPool {
     }
 
     /// Address and port of the server.
-    pub(crate) fn server(&self) -> &str {
-        &self.server
+    pub(crate) fn server(&self) -> String {
+        self.server.lock().to_string()
+    }
+
+    /// From now on everything goes to this server. Operations under way at the former one end as when its connection
+    /// breaks; none of their workers is used again.
+    pub fn retarget(&self, server: IpAddr, port: u16) {
+        let server = SocketAddr::new(server, port);
+        if std::mem::replace(&mut *self.server.lock(), server) == server {
+            return;
+        }
+        let (idle, sockets) = {
+            let mut state = self.state.lock();
+            state.generation += 1;
+            (std::mem::take(&mut state.idle), std::mem::take(&mut state.sockets))
+        };
+        for worker in idle {
+            drop(worker);
+            self.hand_on(Turn::Place);
+        }
+        for socket in sockets.values().filter_map(Weak::upgrade) {
+            // One that is closed already has told its end.
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// Counters since the pool was made.
@@ -304,7 +331,7 @@ impl SmbPool {
                     tracing::debug!(reason, path, "SMB connection broke, reading again");
                 }
                 Err(CallError::NotSent(reason)) if last => {
-                    return Err(SmbError::Unavailable { server: self.server.clone(), reason });
+                    return Err(SmbError::Unavailable { server: self.server(), reason });
                 }
                 Err(CallError::NotSent(reason)) => tracing::debug!(reason, path, "opening again"),
                 Err(CallError::Broken(reason)) => return Err(self.unknown(op, path, reason)),
@@ -318,11 +345,11 @@ impl SmbPool {
 
     fn refused(&self, op: Op, path: &str, errno: i32) -> SmbError {
         let source = std::io::Error::from_raw_os_error(errno);
-        SmbError::Refused { server: self.server.clone(), op: op.name(), path: path.to_owned(), source }
+        SmbError::Refused { server: self.server(), op: op.name(), path: path.to_owned(), source }
     }
 
     fn unknown(&self, op: Op, path: &str, reason: String) -> SmbError {
-        SmbError::Unknown { server: self.server.clone(), op: op.name(), path: path.to_owned(), reason }
+        SmbError::Unknown { server: self.server(), op: op.name(), path: path.to_owned(), reason }
     }
 
     /// A seat with a worker that has closed what had to be closed.
@@ -335,14 +362,7 @@ impl SmbPool {
                 Turn::Place => {
                     let mut seat = Seat { pool: self, worker: None };
                     self.counts.spawns.fetch_add(1, Ordering::Relaxed);
-                    let key = {
-                        let mut state = self.state.lock();
-                        state.last_key += 1;
-                        state.last_key
-                    };
-                    let mut worker = Worker::start(&self.config, key)?;
-                    worker.closings_seen = self.state.lock().closing;
-                    seat.worker = Some(worker);
+                    seat.worker = Some(self.start_worker()?);
                     return Ok(seat);
                 }
             };
@@ -352,7 +372,26 @@ impl SmbPool {
             }
         }
         let reason = "every worker broke".to_owned();
-        Err(SmbError::Unavailable { server: self.server.clone(), reason })
+        Err(SmbError::Unavailable { server: self.server(), reason })
+    }
+
+    fn start_worker(&self) -> Result<Worker, SmbError> {
+        let (key, generation) = {
+            let mut state = self.state.lock();
+            state.last_key += 1;
+            (state.last_key, state.generation)
+        };
+        // After the generation: a worker of an old one may reach the new server, but not the other way round.
+        let server = *self.server.lock();
+        let known = |socket: &Arc<UnixStream>| {
+            let sockets = &mut self.state.lock().sockets;
+            sockets.retain(|_, socket| socket.strong_count() > 0);
+            sockets.insert(key, Arc::downgrade(socket));
+        };
+        let mut worker = Worker::start(&self.config, server, key, known)?;
+        worker.generation = generation;
+        worker.closings_seen = self.state.lock().closing;
+        Ok(worker)
     }
 
     /// Closes in this worker what was closed while it was busy.
@@ -393,7 +432,7 @@ impl SmbPool {
                 return Ok(Turn::Place);
             }
             if state.queue.len() >= WAITERS_MAX {
-                return Err(SmbError::Busy { server: self.server.clone(), waited: Duration::ZERO });
+                return Err(SmbError::Busy { server: self.server(), waited: Duration::ZERO });
             }
             let ticket = Arc::new(Ticket::default());
             state.queue.push_back(ticket.clone());
@@ -412,12 +451,22 @@ impl SmbPool {
         self.state.lock().queue.retain(|other| !Arc::ptr_eq(other, &ticket));
         // The turn may have come between the time-out and the removal.
         let late = ticket.turn.lock().take();
-        late.ok_or_else(|| SmbError::Busy { server: self.server.clone(), waited: start.elapsed() })
+        late.ok_or_else(|| SmbError::Busy { server: self.server(), waited: start.elapsed() })
     }
 
     /// Gives a worker or a place to the caller who waits longest, or puts it back.
     pub(crate) fn hand_on(&self, turn: Turn) {
         let mut state = self.state.lock();
+        let turn = match turn {
+            Turn::Worker(worker) if worker.generation != state.generation => {
+                // Of a server that the pool has left. Killed without the lock.
+                drop(state);
+                drop(worker);
+                state = self.state.lock();
+                Turn::Place
+            }
+            turn @ (Turn::Worker(_) | Turn::Place) => turn,
+        };
         if let Some(ticket) = state.queue.pop_front() {
             *ticket.turn.lock() = Some(turn);
             ticket.came.notify_one();

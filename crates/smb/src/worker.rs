@@ -53,6 +53,8 @@ pub(crate) struct Worker {
     next_id: u64,
     /// Most recently used first.
     files: Vec<OpenFile>,
+    /// The pool's generation for which it was started.
+    pub(crate) generation: u64,
     /// The last closing (see the pool) that this worker has seen.
     pub(crate) closings_seen: u64,
     /// The receiver hears of what comes from it.
@@ -60,11 +62,17 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    /// Starts a process and connects it.
+    /// Starts a process and connects it to `server`. `known` is told its socket before: shutting that ends whatever is
+    /// waited for.
     ///
     /// # Errors
     /// `Program`, `Auth` or `Unavailable`.
-    pub(crate) fn start(config: &PoolConfig, key: u64) -> Result<Self, SmbError> {
+    pub(crate) fn start(
+        config: &PoolConfig,
+        server: SocketAddr,
+        key: u64,
+        known: impl FnOnce(&Arc<UnixStream>),
+    ) -> Result<Self, SmbError> {
         let program = |source| SmbError::Program { program: config.program.clone(), source };
         let (ours, theirs) = UnixStream::pair().map_err(program)?;
         for socket in [&ours, &theirs] {
@@ -89,15 +97,17 @@ impl Worker {
             timeout: config.op_timeout,
             next_id: 0,
             files: Vec::new(),
+            generation: 0,
             closings_seen: 0,
             watched: false,
         };
-        worker.connect(config)?;
+        known(&worker.socket);
+        worker.connect(config, server)?;
         Ok(worker)
     }
 
-    fn connect(&mut self, config: &PoolConfig) -> Result<(), SmbError> {
-        let server = SocketAddr::new(config.server, config.port).to_string();
+    fn connect(&mut self, config: &PoolConfig, server: SocketAddr) -> Result<(), SmbError> {
+        let server = server.to_string();
         // Longer than our own patience, so that a stuck server always ends the same way: by killing the worker.
         let timeout_ms =
             u32::try_from(config.op_timeout.as_millis()).unwrap_or(u32::MAX / 4).saturating_mul(2);

@@ -9,6 +9,7 @@ use csv_smb::error::{Outcome, SmbError};
 use csv_smb::pool::{PoolConfig, SmbPool};
 use csv_smb::wire::DATA_BYTES_MAX;
 use rustix::process::{Pid, Signal, kill_process_group};
+use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -282,4 +283,35 @@ fn dropping_the_pool_ends_its_workers() {
     assert_eq!(children(), 1);
     drop(pool);
     assert_eq!(children(), 0);
+}
+
+#[test]
+fn a_pool_turns_to_another_server() {
+    let (one, two) = (serve(), serve());
+    std::fs::write(one.file("f"), b"one").unwrap();
+    std::fs::write(two.file("f"), b"two").unwrap();
+    let pool = std::sync::Arc::new(one.pool());
+    let read = || {
+        let mut buf = [0; 3];
+        pool.read_at("f", 0, &mut buf).map(|_| buf)
+    };
+    assert_eq!(&read().unwrap(), b"one");
+    // Somebody waits for the first server while it is left: the read is repeated at the second one.
+    let first = group(one.smbd.pid().unwrap());
+    kill_process_group(first, Signal::STOP).unwrap();
+    let waits = {
+        let pool = pool.clone();
+        std::thread::spawn(move || {
+            let mut buf = [0; 3];
+            pool.read_at("f", 0, &mut buf).map(|_| buf)
+        })
+    };
+    // Time for it to send its request; were it later, it would go to the second server at once.
+    for _ in 0..10_000 {
+        std::thread::yield_now();
+    }
+    pool.retarget(Ipv4Addr::LOCALHOST.into(), two.port);
+    assert_eq!(&waits.join().unwrap().unwrap(), b"two");
+    assert_eq!(&read().unwrap(), b"two");
+    kill_process_group(first, Signal::CONT).unwrap();
 }

@@ -2,6 +2,7 @@
 //! socket, one answer line per request. `csvd` listens on `<run_dir>/csvd.sock` and passes volume requests on
 //! to the volume's csvfs, which listens on `<run_dir>/<volume>.sock`.
 
+use crate::config::NodeConfig;
 use crate::ids::{Epoch, NodeId};
 use crate::mode::Mode;
 use serde::{Deserialize, Serialize};
@@ -58,8 +59,86 @@ pub enum Request {
         /// Only events with a greater number.
         after: u64,
     },
+    /// Who coordinates the volume: an order of csvd to csvfs.
+    Role {
+        /// Volume name.
+        volume: String,
+        /// What to be.
+        order: RoleOrder,
+    },
+    /// A node does not give back what it was lent: csvfs asks csvd to have it fenced. Answered when the node can write the
+    /// LUN no more, or with an error.
+    Fence {
+        /// Volume name.
+        volume: String,
+        /// Epoch of the coordinator that asks.
+        epoch: Epoch,
+        /// Who.
+        node: NodeId,
+        /// Why.
+        reason: String,
+    },
     /// Clean stop.
     Stop,
+}
+
+/// What csvfs is to be for its volume. Orders may be repeated: one that is carried out already is answered with `Ok`.
+/// An order of an earlier epoch than the last one is refused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "role", rename_all = "kebab-case")]
+pub enum RoleOrder {
+    /// Coordinate the volume. The former coordinator is known to be unable to write. Answered when others can connect.
+    Take(TakeOrder),
+    /// Hand the volume over: finish, write, unmount. Nothing is lost to anybody. Answered when it is unmounted.
+    HandOver {
+        /// Epoch of the ownership that ends.
+        epoch: Epoch,
+    },
+    /// Another node coordinates the volume. A coordinator of an earlier epoch stops at once, without writing.
+    Follow {
+        /// Epoch of the coordinator.
+        epoch: Epoch,
+        /// The coordinator.
+        owner: NodeConfig,
+        /// All nodes of the cluster.
+        nodes: Vec<NodeConfig>,
+    },
+    /// These nodes can write the LUN no more (coordinator).
+    Gone {
+        /// Epoch of the coordinator.
+        epoch: Epoch,
+        /// Who.
+        nodes: Vec<NodeId>,
+    },
+    /// This node may be presumed dead: no direct I/O from now on, and a coordinator stops at once, without writing. Ends with
+    /// `Take` or `Follow`.
+    Suspend {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// See [`RoleOrder::Take`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TakeOrder {
+    /// Number of the ownership: greater than any before.
+    pub epoch: Epoch,
+    /// All nodes of the cluster.
+    pub nodes: Vec<NodeConfig>,
+    /// Nodes that can write the LUN no more: nobody waits for what they held.
+    pub gone: Vec<NodeId>,
+    /// Everybody who is not `nodes` less `gone` is known to be fenced, so the guards against another node that has the
+    /// file system mounted need not wait. Else they do.
+    pub certain: bool,
+    /// Orders that stand.
+    #[serde(default)]
+    pub redirect_all: bool,
+    /// Nodes for which file-system redirection is on.
+    #[serde(default)]
+    pub redirect_nodes: Vec<NodeId>,
+    /// Data operations wait.
+    #[serde(default)]
+    pub maintenance: bool,
 }
 
 /// A fault of this node's path to the LUN.

@@ -93,11 +93,24 @@ pub struct NodeConfig {
 pub struct VolumeConfig {
     /// Name of the directory under `/ClusterStorage`.
     pub name: String,
-    /// Name of the node that coordinates it.
-    pub coordinator: String,
+    /// Name of the node that coordinates it; absent when the cluster engine says who.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coordinator: Option<String>,
+    /// Tells its ports from those of other volumes: [`PORTS_PER_VOLUME`] further for each.
+    #[serde(default)]
+    pub index: u16,
     /// The LUN's device on this node; absent where the node has no path to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lun: Option<PathBuf>,
+}
+
+/// Distance between the ports of two volumes.
+pub const PORTS_PER_VOLUME: u16 = 10;
+
+impl VolumeConfig {
+    fn port_offset(&self) -> u16 {
+        self.index.saturating_mul(PORTS_PER_VOLUME)
+    }
 }
 
 fn default_control_port() -> u16 {
@@ -170,11 +183,10 @@ impl Config {
             ));
         }
         for (i, volume) in self.volumes.iter().enumerate() {
-            if self.node(&volume.coordinator).is_none() {
-                return invalid(format!(
-                    "volume {}: coordinator \"{}\" is not a [[node]]",
-                    volume.name, volume.coordinator
-                ));
+            if let Some(name) = &volume.coordinator
+                && self.node(name).is_none()
+            {
+                return invalid(format!("volume {}: coordinator \"{name}\" is not a [[node]]", volume.name));
             }
             if volume.name.is_empty() || volume.name.len() > 64 || volume.name.contains(['/', '\0']) {
                 return invalid(format!("volume name \"{}\" cannot be a directory name", volume.name));
@@ -219,10 +231,16 @@ impl Config {
         self.volumes.iter().find(|volume| volume.name == name)
     }
 
-    /// Where to reach a node's control protocol.
+    /// Where to reach a node's control protocol for a volume.
     #[must_use]
-    pub fn control_addr(&self, node: &NodeConfig) -> SocketAddr {
-        SocketAddr::new(node.addr, self.cluster.control_port)
+    pub fn control_addr(&self, node: &NodeConfig, volume: &VolumeConfig) -> SocketAddr {
+        SocketAddr::new(node.addr, self.cluster.control_port.saturating_add(volume.port_offset()))
+    }
+
+    /// Where to reach a node's smbd for a volume.
+    #[must_use]
+    pub fn smb_addr(&self, node: &NodeConfig, volume: &VolumeConfig) -> SocketAddr {
+        SocketAddr::new(node.addr, self.cluster.smb_port.saturating_add(volume.port_offset()))
     }
 }
 

@@ -94,8 +94,10 @@ pub(crate) struct VolumeClient {
     pub(crate) handles: Mutex<HashMap<u64, OpenHandle>>,
     pub(crate) facts: RwLock<SessionFacts>,
     pub(crate) smb: RwLock<Option<Arc<SmbPool>>>,
-    /// This process owns the file system: no SMB, no wire.
-    pub(crate) is_coordinator: bool,
+    /// This process owns the file system now: no SMB, no wire.
+    is_coordinator: AtomicBool,
+    /// The cluster engine forbids direct I/O: the node may be presumed dead.
+    suspended: AtomicBool,
     pub(crate) op_timeout: Duration,
     /// Files whose pages the kernel should drop (mmap): a recall says that another node is about to change them.
     stale_pages: Mutex<Option<SyncSender<u64>>>,
@@ -115,7 +117,6 @@ pub(crate) struct ClientOptions {
     pub(crate) volume: String,
     pub(crate) node_name: String,
     pub(crate) node: NodeId,
-    pub(crate) is_coordinator: bool,
     pub(crate) op_timeout: Duration,
     pub(crate) events: Arc<Events>,
     pub(crate) modes: Modes,
@@ -146,7 +147,8 @@ impl VolumeClient {
             handles: Mutex::new(HashMap::new()),
             facts: RwLock::new(SessionFacts::default()),
             smb: RwLock::new(None),
-            is_coordinator: options.is_coordinator,
+            is_coordinator: AtomicBool::new(false),
+            suspended: AtomicBool::new(false),
             op_timeout: options.op_timeout,
             stale_pages: Mutex::new(None),
             reclaiming: AtomicBool::new(false),
@@ -169,6 +171,9 @@ impl VolumeClient {
 
     /// The coordinator answered a message that was sent at `sent_ms`.
     pub(crate) fn renew_lease(&self, sent_ms: u64) {
+        if self.suspended.load(Ordering::Acquire) {
+            return;
+        }
         let until = sent_ms + self.lease_ms.load(Ordering::Acquire);
         self.lease_until_ms.fetch_max(until, Ordering::AcqRel);
     }
@@ -176,6 +181,31 @@ impl VolumeClient {
     /// Everything is revoked, or the lease is known to be over.
     pub(crate) fn end_lease(&self) {
         self.lease_until_ms.store(0, Ordering::Release);
+    }
+
+    /// Does this node coordinate the volume?
+    pub(crate) fn is_coordinator(&self) -> bool {
+        self.is_coordinator.load(Ordering::Acquire)
+    }
+
+    /// This node begins or ends to coordinate the volume.
+    pub(crate) fn set_coordinator(&self, on: bool) {
+        self.is_coordinator.store(on, Ordering::Release);
+        self.modes.set_coordinator(on);
+    }
+
+    /// No direct I/O is begun from now on, whatever a coordinator says, until [`VolumeClient::resume`].
+    pub(crate) fn suspend(&self) {
+        self.suspended.store(true, Ordering::Release);
+        self.end_lease();
+    }
+
+    /// Leases count again. What was held before is not used any more: the lease was over.
+    pub(crate) fn resume(&self) {
+        if self.suspended.swap(false, Ordering::AcqRel) {
+            self.end_lease();
+            self.drop_layouts();
+        }
     }
 
     pub(crate) fn set_lease_ms(&self, lease_ms: u64) {

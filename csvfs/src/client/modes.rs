@@ -88,9 +88,10 @@ fn code(kind: ModeKind) -> u8 {
 
 impl Modes {
     /// With the LUN as this node reaches it, if it does.
-    pub(crate) fn new(lun: Option<Arc<Lun>>, is_coordinator: bool, events: Arc<Events>) -> Modes {
+    pub(crate) fn new(lun: Option<Arc<Lun>>, events: Arc<Events>) -> Modes {
         let path = if lun.is_some() { Path::Good } else { Path::Never };
-        let inputs = Inputs { path, redirect: false, maintenance: false, fenced: None, is_coordinator };
+        let inputs =
+            Inputs { path, redirect: false, maintenance: false, fenced: None, is_coordinator: false };
         let mode = inputs.mode();
         Modes {
             kind: AtomicU8::new(code(mode.kind)),
@@ -170,6 +171,11 @@ impl Modes {
             inputs.redirect = redirect;
             inputs.maintenance = maintenance;
         })
+    }
+
+    /// This node begins or ends to coordinate the volume.
+    pub(crate) fn set_coordinator(&self, on: bool) {
+        self.change(|inputs| inputs.is_coordinator = on);
     }
 
     /// The node was refused by the LUN (reservation) and must not write any more.

@@ -239,7 +239,7 @@ impl VolumeClient {
         VolumeState {
             node: self.node_name.clone(),
             volume: self.volume.clone(),
-            role: if self.is_coordinator { "coordinator" } else { "data-server" }.to_owned(),
+            role: if self.is_coordinator() { "coordinator" } else { "data-server" }.to_owned(),
             mode,
             since_unix_s,
             epoch: self.chan.epoch(),

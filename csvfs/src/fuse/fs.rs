@@ -48,7 +48,14 @@ fn fuse_errno(errno: Errno) -> FuseErrno {
 }
 
 fn caller(request: &Request, umask: u32) -> Caller {
-    Caller { request: request.unique().0, uid: request.uid(), gid: request.gid(), pid: request.pid(), umask }
+    Caller {
+        request: request.unique().0,
+        uid: request.uid(),
+        gid: request.gid(),
+        pid: request.pid(),
+        umask,
+        bound: false,
+    }
 }
 
 /// Answers with `reply.$good(...)` or `reply.error`.

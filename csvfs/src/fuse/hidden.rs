@@ -7,7 +7,7 @@
 //!   file system, whose page cache outlives this process: what was acknowledged must not go with it.
 //!
 //! The directory cannot be listed, its names cannot be guessed (the token has 128 random bits), and it is root's
-//! alone. It does not exist on nodes that do not coordinate the volume.
+//! alone. It exists while this node coordinates the volume: [`Hidden::open`] to [`Hidden::close`].
 
 use crate::client::VolumeClient;
 use crate::client::attrs::attr_of;
@@ -17,10 +17,13 @@ use crate::client::inode::Inode;
 use csv_coordinator::{BlockGuard, Coordinator};
 use csv_lun::Lun;
 use csv_types::{ByteRange, FileId, LunOffset};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use rustix::io::Errno;
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::Duration;
 
 /// Name of the directory in the volume's root.
 pub(crate) const DIR_NAME: &[u8] = b".csvfs";
@@ -30,6 +33,10 @@ const HIDDEN: u64 = 1 << 62;
 pub(crate) const DIR: u64 = HIDDEN;
 /// Hidden files looked up and not forgotten, at most; older ones are looked up again.
 const ENTRIES_MAX: usize = 65_536;
+
+/// What is done for another node is not carried over to the next coordinator: that node repeats it there, and nothing of it
+/// may happen here afterwards.
+const FOR_OTHER: Caller = Caller { request: 0, uid: 0, gid: 0, pid: 0, umask: 0, bound: true };
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 enum Entry {
@@ -42,7 +49,14 @@ enum Entry {
 pub(crate) enum Target {
     /// The LUN, for the node with this token.
     Blocks(Arc<str>),
-    File(Arc<Inode>),
+    /// The right to the owner's things is held until the I/O is over.
+    File(Arc<Inode>, OwnerRef),
+}
+
+/// As long as there is one, [`Hidden::close`] waits.
+#[derive(Debug, Clone)]
+pub(crate) struct OwnerRef {
+    _owner: Arc<Owner>,
 }
 
 /// A block I/O that may go to the LUN now, and holds everybody else off as long as it lives.
@@ -70,9 +84,10 @@ struct Entries {
 }
 
 /// See the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Hidden {
-    owner: Option<Owner>,
+    client: Arc<VolumeClient>,
+    owner: RwLock<Option<Arc<Owner>>>,
     entries: Mutex<Entries>,
 }
 
@@ -81,6 +96,8 @@ struct Owner {
     client: Arc<VolumeClient>,
     lun: Arc<Lun>,
     writing: Arc<Writing>,
+    /// Dropped with the last reference, see [`Hidden::close`].
+    _used: Sender<Infallible>,
 }
 
 /// Block writes under way. A write waits for those that it overlaps: a node repeats a write whose outcome it does
@@ -140,6 +157,12 @@ impl std::fmt::Debug for Owner {
     }
 }
 
+/// See [`Hidden::open`].
+#[derive(Debug)]
+pub(crate) struct Open {
+    unused: Receiver<Infallible>,
+}
+
 /// Attributes of a hidden inode.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct HiddenAttr {
@@ -149,14 +172,26 @@ pub(crate) struct HiddenAttr {
 }
 
 impl Hidden {
-    /// On a node that does not coordinate the volume: there is no such directory.
-    pub(crate) fn none() -> Hidden {
-        Hidden::default()
+    /// There is no such directory yet.
+    pub(crate) fn new(client: Arc<VolumeClient>) -> Hidden {
+        Hidden { client, owner: RwLock::default(), entries: Mutex::default() }
     }
 
-    pub(crate) fn new(coordinator: Arc<Coordinator>, client: Arc<VolumeClient>, lun: Arc<Lun>) -> Hidden {
-        let owner = Owner { coordinator, client, lun, writing: Arc::default() };
-        Hidden { owner: Some(owner), entries: Mutex::default() }
+    /// This node coordinates the volume from now on. The result is for [`Hidden::close`].
+    pub(crate) fn open(&self, coordinator: Arc<Coordinator>, lun: Arc<Lun>) -> Open {
+        let (used, unused) = channel();
+        let client = self.client.clone();
+        let owner = Owner { coordinator, client, lun, writing: Arc::default(), _used: used };
+        *self.owner.write() = Some(Arc::new(owner));
+        Open { unused }
+    }
+
+    /// This node does not coordinate the volume any more. Nothing is begun for other nodes from now on; waits until what was
+    /// begun is over, for up to `limit`. False when it was not in time.
+    pub(crate) fn close(&self, open: &Open, limit: Duration) -> bool {
+        self.owner.write().take();
+        // Nothing is ever sent: it ends when the sender is dropped.
+        matches!(open.unused.recv_timeout(limit), Err(RecvTimeoutError::Disconnected))
     }
 
     /// Is this the number of a hidden inode?
@@ -164,8 +199,8 @@ impl Hidden {
         nodeid & HIDDEN != 0
     }
 
-    fn owner(&self) -> Result<&Owner, Errno> {
-        self.owner.as_ref().ok_or(Errno::NOENT)
+    fn owner(&self) -> Result<Arc<Owner>, Errno> {
+        self.owner.read().clone().ok_or(Errno::NOENT)
     }
 
     /// Looks up the directory itself.
@@ -182,11 +217,11 @@ impl Hidden {
             Entry::Block(token) | Entry::File(token, _) => token,
         };
         owner.coordinator.token_node(token).ok_or(Errno::NOENT)?;
-        let nodeid = self.number(owner, &entry)?;
+        let nodeid = self.number(&entry)?;
         self.attr(nodeid).inspect_err(|_| self.forget(nodeid, 1))
     }
 
-    fn number(&self, owner: &Owner, entry: &Entry) -> Result<u64, Errno> {
+    fn number(&self, entry: &Entry) -> Result<u64, Errno> {
         let entries = &mut *self.entries.lock();
         if let Some(nodeid) = entries.by_entry.get(entry)
             && let Some(known) = entries.by_node.get_mut(nodeid)
@@ -196,13 +231,13 @@ impl Hidden {
         }
         if entries.by_node.len() >= ENTRIES_MAX {
             entries.by_entry.clear();
-            entries.by_node.drain().for_each(|(_, known)| owner.release(&known));
+            entries.by_node.drain().for_each(|(_, known)| self.release(&known));
         }
         let inode = match entry {
             Entry::Block(_) => None,
             // Whether the file is still there is seen when its attributes are asked for.
             Entry::File(_, file) => {
-                Some(owner.client.inodes.reference_unless_other(*file).ok_or(Errno::STALE)?.nodeid)
+                Some(self.client.inodes.reference_unless_other(*file).ok_or(Errno::STALE)?.nodeid)
             }
         };
         entries.next += 1;
@@ -214,7 +249,6 @@ impl Hidden {
 
     /// The kernel drops references.
     pub(crate) fn forget(&self, nodeid: u64, count: u64) {
-        let Some(owner) = &self.owner else { return };
         let gone = {
             let entries = &mut *self.entries.lock();
             let Some(known) = entries.by_node.get_mut(&nodeid) else { return };
@@ -229,7 +263,14 @@ impl Hidden {
             gone
         };
         if let Some(known) = gone {
-            owner.release(&known);
+            self.release(&known);
+        }
+    }
+
+    /// An entry that the kernel referenced is gone.
+    fn release(&self, known: &Known) {
+        if let Some(unused) = known.inode.and_then(|nodeid| self.client.inodes.forget(nodeid, 1)) {
+            self.client.forgotten(&unused);
         }
     }
 
@@ -249,7 +290,8 @@ impl Hidden {
             Entry::File(token, file) => {
                 owner.coordinator.token_node(&token).ok_or(Errno::ACCESS)?;
                 // Looked up each time: the number may have been given to another file.
-                owner.client.inodes.by_file(file).map(Target::File).ok_or(Errno::STALE)
+                let inode = owner.client.inodes.by_file(file).ok_or(Errno::STALE)?;
+                Ok(Target::File(inode, OwnerRef { _owner: owner }))
             }
         }
     }
@@ -270,7 +312,7 @@ impl Hidden {
     /// The right to read or write these blocks of the LUN without waiting for anybody, for the hot path. `None`: the
     /// blocking way has to look.
     pub(crate) fn block_io(&self, token: &str, range: ByteRange, write: bool) -> Option<BlockIo> {
-        let owner = self.owner.as_ref()?;
+        let owner = self.owner().ok()?;
         let block = u64::from(owner.lun.logical_block_bytes());
         if range.is_empty()
             || range.end > owner.lun.capacity_bytes()
@@ -285,38 +327,33 @@ impl Hidden {
 
     /// A block I/O failed on the LUN.
     pub(crate) fn block_failed(&self, error: &csv_lun::LunError) {
-        if let Some(owner) = &self.owner {
-            owner.failed(error);
-        }
+        block_service_error(&self.client, error);
     }
 
     /// Reads; may block.
     pub(crate) fn read(&self, nodeid: u64, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
-        let owner = self.owner()?;
         match self.target(nodeid)? {
-            Target::Blocks(token) => owner.read_block(&token, offset, len),
-            Target::File(inode) => owner.client.read(Caller::default(), &inode, offset, len),
+            Target::Blocks(token) => self.owner()?.read_block(&token, offset, len),
+            Target::File(inode, _owner) => self.client.read(FOR_OTHER, &inode, offset, len),
         }
     }
 
     /// Writes; may block.
     pub(crate) fn write(&self, nodeid: u64, offset: u64, data: &[u8]) -> Result<(), Errno> {
-        let owner = self.owner()?;
         match self.target(nodeid)? {
-            Target::Blocks(token) => owner.write_block(&token, offset, data),
-            Target::File(inode) => {
+            Target::Blocks(token) => self.owner()?.write_block(&token, offset, data),
+            Target::File(inode, _owner) => {
                 let write = WriteAt { offset, data, append: false, kill_setid: false, for_other: true };
-                owner.client.write(Caller::default(), &inode, write)
+                self.client.write(FOR_OTHER, &inode, write)
             }
         }
     }
 
     /// fsync of a hidden file: the LUN, or the file behind it.
     pub(crate) fn fsync(&self, nodeid: u64) -> Result<(), Errno> {
-        let owner = self.owner()?;
         match self.target(nodeid)? {
-            Target::Blocks(_) => owner.lun.flush().map_err(|_| Errno::IO),
-            Target::File(inode) => owner.client.fsync(Caller::default(), &inode, false),
+            Target::Blocks(_) => self.owner()?.lun.flush().map_err(|_| Errno::IO),
+            Target::File(inode, _owner) => self.client.fsync(FOR_OTHER, &inode, false),
         }
     }
 }
@@ -324,15 +361,8 @@ impl Hidden {
 impl Owner {
     fn size(&self, file: FileId) -> Result<u64, Errno> {
         let inode = self.client.inodes.by_file(file).ok_or(Errno::STALE)?;
-        let reply = self.client.chan.call(Caller::default(), VolumeClient::getattr_op(&inode))?;
+        let reply = self.client.chan.call(FOR_OTHER, VolumeClient::getattr_op(&inode))?;
         Ok(self.client.note(&inode, &attr_of(&reply)?).size)
-    }
-
-    /// An entry that the kernel referenced is gone.
-    fn release(&self, known: &Known) {
-        if let Some(unused) = known.inode.and_then(|nodeid| self.client.inodes.forget(nodeid, 1)) {
-            self.client.forgotten(&unused);
-        }
     }
 
     fn read_block(&self, token: &str, offset: u64, len: usize) -> Result<Vec<u8>, Errno> {
@@ -359,9 +389,13 @@ impl Owner {
     }
 
     fn failed(&self, error: &csv_lun::LunError) -> Errno {
-        self.client.events.report("block-service-error", error.to_string());
+        block_service_error(&self.client, error);
         Errno::IO
     }
+}
+
+fn block_service_error(client: &VolumeClient, error: &csv_lun::LunError) {
+    client.events.report("block-service-error", error.to_string());
 }
 
 fn parse(name: &[u8]) -> Option<Entry> {
@@ -413,8 +447,7 @@ mod tests {
     }
 
     #[test]
-    fn other_nodes_have_no_hidden_directory() {
-        assert_eq!(Hidden::none().lookup(b"block-abc").unwrap_err(), Errno::NOENT);
+    fn hidden_numbers_are_told_from_others() {
         assert!(Hidden::owns(DIR) && !Hidden::owns(77));
     }
 }

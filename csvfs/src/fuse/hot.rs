@@ -2,7 +2,7 @@
 //! until it is over.
 
 use super::abi::{InHeader, IoIn};
-use super::hidden::{BlockIo, Hidden};
+use super::hidden::{BlockIo, Hidden, OwnerRef};
 use crate::client::VolumeClient;
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
@@ -47,6 +47,8 @@ pub(super) struct Hot {
     pub(super) write: bool,
     /// Asked for by another node: the number of the hidden file.
     pub(super) for_other: Option<u64>,
+    /// Held for as long as something is done for another node.
+    pub(super) _owner: Option<OwnerRef>,
     pub(super) buf: AlignedBuf,
 }
 
@@ -70,8 +72,14 @@ impl Hot {
             offset: io.offset,
             write: false,
             for_other: Some(header.nodeid).filter(|nodeid| Hidden::owns(*nodeid)),
+            _owner: None,
             buf,
         }
+    }
+
+    /// Done for another node, by the owner of the volume.
+    pub(super) fn for_other_by(self, owner: OwnerRef) -> Hot {
+        Hot { _owner: Some(owner), ..self }
     }
 
     /// A write of whole blocks to `place`; the data is to be put in.
@@ -83,7 +91,14 @@ impl Hot {
 
 /// Who asks.
 pub(super) fn caller(header: &InHeader) -> Caller {
-    Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask: 0 }
+    Caller {
+        request: header.unique,
+        uid: header.uid,
+        gid: header.gid,
+        pid: header.pid,
+        umask: 0,
+        bound: false,
+    }
 }
 
 /// Whole blocks around some bytes: where they begin, how many bytes, where the asked ones begin in them, and how many

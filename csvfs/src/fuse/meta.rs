@@ -338,7 +338,7 @@ impl Meta {
 }
 
 fn caller(header: &InHeader, umask: u32) -> Caller {
-    Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask }
+    Caller { request: header.unique, uid: header.uid, gid: header.gid, pid: header.pid, umask, bound: false }
 }
 
 fn shown(inode: &Inode, attr: proto::Attr) -> AttrOut {

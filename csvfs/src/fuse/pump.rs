@@ -332,7 +332,9 @@ impl Pump {
     fn read(&mut self, header: &InHeader, io: IoIn) {
         if Hidden::owns(header.nodeid) {
             let hot = match self.hidden.target(header.nodeid) {
-                Ok(Target::File(inode)) => self.hot_read(header, io, &inode),
+                Ok(Target::File(inode, owner)) => {
+                    self.hot_read(header, io, &inode).map(|hot| hot.for_other_by(owner))
+                }
                 Ok(Target::Blocks(token)) => self.hot_block_read(header, io, &token),
                 Err(errno) => return self.device.error(header.unique, errno),
             };
@@ -384,10 +386,12 @@ impl Pump {
         if Hidden::owns(header.nodeid) {
             let range = ByteRange::at(io.offset, u64::from(io.size));
             let hot = match self.hidden.target(header.nodeid) {
-                Ok(Target::File(inode)) if inode.io.lock().overwrites(range, self.client.lun_block()) => {
-                    self.hot_write(header, io, &inode)
+                Ok(Target::File(inode, owner))
+                    if inode.io.lock().overwrites(range, self.client.lun_block()) =>
+                {
+                    self.hot_write(header, io, &inode).map(|hot| hot.for_other_by(owner))
                 }
-                Ok(Target::File(_)) => None,
+                Ok(Target::File(..)) => None,
                 Ok(Target::Blocks(token)) => self.hot_block_write(header, io, &token),
                 Err(errno) => return self.device.error(header.unique, errno),
             };

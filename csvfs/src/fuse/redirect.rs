@@ -137,7 +137,7 @@ impl Redirect {
     ) -> Option<Way> {
         let client = self.slow.client.clone();
         let kind = client.modes.kind();
-        if client.is_coordinator || range.is_empty() || client.smb_on_hold() {
+        if client.is_coordinator() || range.is_empty() || client.smb_on_hold() {
             return None;
         }
         let pool = match kind {

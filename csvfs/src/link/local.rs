@@ -10,12 +10,14 @@ use crate::client::now_ms;
 use anyhow::{Context, Result, anyhow};
 use csv_coordinator::{Coordinator, Outbox, SessionRef};
 use csv_proto as proto;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Pause before a session that was refused is asked for again.
-const RETRY: Duration = Duration::from_millis(200);
+const RETRY: Duration = Duration::from_millis(20);
 
 struct LocalLink {
     coordinator: Arc<Coordinator>,
@@ -80,7 +82,23 @@ fn talk(client: &Arc<VolumeClient>, session: &Session) {
     }
 }
 
-/// Connects the client to the coordinator of this process, for as long as the process lives.
+/// The session for as long as this node coordinates the volume.
+#[derive(Debug)]
+pub(crate) struct Local {
+    over: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Local {
+    /// Waits until nothing of the session is left. The coordinator has ended, and with it the session.
+    pub(crate) fn end(self) {
+        self.over.store(true, Ordering::Release);
+        // A panic there has been reported.
+        let _ = self.thread.join();
+    }
+}
+
+/// Connects the client to the coordinator of this process, until [`Local::end`].
 ///
 /// # Errors
 /// When the coordinator refuses the session.
@@ -88,25 +106,30 @@ pub(crate) fn connect(
     client: &Arc<VolumeClient>,
     coordinator: &Arc<Coordinator>,
     hello: proto::Hello,
-) -> Result<()> {
+) -> Result<Local> {
     let mut session = begin(client, coordinator, &hello)?;
     let (client, coordinator) = (client.clone(), coordinator.clone());
-    std::thread::Builder::new()
+    let over = Arc::new(AtomicBool::new(false));
+    let ends = over.clone();
+    let thread = std::thread::Builder::new()
         .name("local-link".into())
         .spawn(move || {
             loop {
                 talk(&client, &session);
                 client.chan.unlinked();
-                // A coordinator that has stopped refuses until the process ends.
+                // A coordinator that has stopped refuses until it is left.
                 session = loop {
-                    std::thread::sleep(RETRY);
+                    if over.load(Ordering::Acquire) {
+                        return;
+                    }
                     match begin(&client, &coordinator, &hello) {
                         Ok(session) => break session,
                         Err(error) => tracing::debug!(%error, "local session"),
                     }
+                    std::thread::sleep(RETRY);
                 };
             }
         })
         .context("cannot start a thread")?;
-    Ok(())
+    Ok(Local { over: ends, thread })
 }

@@ -213,6 +213,7 @@ impl Stage<'_> {
         let Some(program) = &self.smb_reference else { return Ok(None) };
         let mut argv =
             vec![program.to_string_lossy().into_owned(), "--volume".into(), self.lab.volume.clone()];
+        argv.extend(["--coordinator".into(), self.lab.coordinator.clone()]);
         argv.extend(words.iter().flat_map(|(name, value)| [(*name).to_owned(), value.clone()]));
         let text = self.lab.exec(node, &argv)?;
         let result = parse_result(&text)?;

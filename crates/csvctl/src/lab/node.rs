@@ -101,7 +101,8 @@ fn write_config(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
             .collect(),
         volumes: vec![VolumeConfig {
             name: lab.volume.clone(),
-            coordinator: lab.coordinator.clone(),
+            coordinator: Some(lab.coordinator.clone()),
+            index: 0,
             lun: node.lun.clone(),
         }],
     };

@@ -81,6 +81,8 @@ struct Pending {
     sent: bool,
     /// Goes out before `open`, and dies with its link.
     reclaim: bool,
+    /// See [`Caller`].
+    bound: bool,
     /// The coordinator is asked to end it early.
     cancelled: bool,
     /// Nobody waits any more; what it may have taken is given back when its reply comes.
@@ -206,6 +208,8 @@ pub(crate) struct Caller {
     pub(crate) pid: u32,
     /// Its umask, for creating calls.
     pub(crate) umask: u32,
+    /// To be done by this coordinator or not at all: the call ends with ENOTCONN when the link breaks.
+    pub(crate) bound: bool,
 }
 
 impl Channel {
@@ -380,7 +384,7 @@ impl Channel {
         reclaim: bool,
     ) -> Result<u64, Errno> {
         let mut state = self.state.lock();
-        if reclaim && state.link.is_none() {
+        if reclaim && state.link.is_none() || caller.bound && !state.open {
             return Err(Errno::NOTCONN);
         }
         let waits = is_lock_wait(&op);
@@ -426,8 +430,16 @@ impl Channel {
             first_sent_unix_ms: unix_ms(),
             op: Some(op),
         };
-        let mut pending =
-            Pending { call, sent: false, reclaim, cancelled: false, abandoned: false, end, on_reply };
+        let mut pending = Pending {
+            call,
+            sent: false,
+            reclaim,
+            bound: caller.bound,
+            cancelled: false,
+            abandoned: false,
+            end,
+            on_reply,
+        };
         if caller.request != 0 {
             state.by_request.insert(caller.request, id);
         }
@@ -553,6 +565,14 @@ impl Channel {
     pub(crate) fn replied(&self, reply: proto::Reply) {
         let mut state = self.state.lock();
         let Some(pending) = state.calls.get_mut(&reply.id) else { return };
+        if reply.errno == proto::MOVED {
+            // It was not carried out. The link is going to break; on the next one the call is as good as new.
+            pending.sent = false;
+            if pending.abandoned {
+                state.remove(reply.id);
+            }
+            return;
+        }
         if pending.abandoned {
             let call = pending.call.clone();
             state.remove(reply.id);
@@ -603,7 +623,7 @@ impl Channel {
         self.open.store(true, Ordering::Release);
         let Some(link) = state.link.clone() else { return };
         let epoch = state.epoch.0;
-        for pending in state.calls.values_mut().filter(|pending| !pending.reclaim) {
+        for pending in state.calls.values_mut().filter(|pending| !pending.reclaim && !pending.bound) {
             if pending.sent && !same_coordinator {
                 pending.call.resent = true;
             }
@@ -637,7 +657,7 @@ impl Channel {
         state.link = None;
         state.open = false;
         self.open.store(false, Ordering::Release);
-        for pending in state.calls.values_mut().filter(|pending| pending.reclaim) {
+        for pending in state.calls.values_mut().filter(|pending| pending.reclaim || pending.bound) {
             let End::Thread(waiter) = &pending.end else { continue };
             let errno = Errno::NOTCONN.raw_os_error();
             waiter.slot.lock().reply = Some(proto::Reply { errno, ..proto::Reply::default() });

@@ -185,7 +185,7 @@ impl VolumeClient {
         offset: u64,
         len: usize,
     ) -> Result<Vec<u8>, Errno> {
-        if self.is_coordinator || self.smb_pool().is_err() {
+        if self.is_coordinator() || self.smb_pool().is_err() {
             return self.read_by_call(caller, inode, offset, len);
         }
         let pool = self.smb_pool()?;

@@ -268,7 +268,7 @@ impl VolumeClient {
         write: WriteAt<'_>,
     ) -> Result<(), Errno> {
         // SMB has no append, and a writer that loses set-id bits must lose them at the coordinator.
-        if self.is_coordinator || write.append || write.kill_setid || self.smb_pool().is_err() {
+        if self.is_coordinator() || write.append || write.kill_setid || self.smb_pool().is_err() {
             return self.write_by_call(caller, inode, write);
         }
         let pool = self.smb_pool()?;

@@ -6,7 +6,6 @@ use anyhow::{Context as _, ensure};
 use csv_types::config::Config;
 use pavao::{SmbClient, SmbCredentials, SmbDialect, SmbEncryptionLevel, SmbFile, SmbOpenOptions, SmbOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 /// What a process prints when it is connected.
@@ -67,11 +66,11 @@ pub(super) fn run(args: &Args, config: &Config, process: u64) -> anyhow::Result<
 fn connect(args: &Args, config: &Config) -> anyhow::Result<SmbClient> {
     let volume =
         config.volume(&args.volume).with_context(|| format!("csv.toml has no volume {}", args.volume))?;
-    let node = config.node(&volume.coordinator).context("the coordinator is no node")?;
+    let node = config.node(&args.coordinator).context("the coordinator is no node")?;
     let secret = config.local.secrets_dir.join("smb.password");
     let password =
         std::fs::read_to_string(&secret).with_context(|| format!("cannot read {}", secret.display()))?;
-    let server = SocketAddr::new(node.addr, config.cluster.smb_port);
+    let server = config.smb_addr(node, volume);
     let credentials = SmbCredentials::default()
         .server(format!("smb://{server}"))
         .share(format!("/{}", volume.name))

@@ -27,6 +27,9 @@ struct Args {
     /// Volume.
     #[arg(long)]
     volume: String,
+    /// Name of the node that coordinates it.
+    #[arg(long)]
+    coordinator: String,
     /// File to read or write, or directory of files to create, stat or unlink; from the volume's root.
     #[arg(long)]
     path: String,
