@@ -1,0 +1,324 @@
+//! Commands about nodes.
+
+use super::super::command::{Answer, Applied, Command, Init, NewNode};
+use super::super::events::EventKind;
+use super::super::key::NODE_ID_MAX;
+use super::super::node::{AdminState, Node, NodeState};
+use super::super::refused::Refused;
+use super::super::settings::Settings;
+use super::super::{ClusterDb, FORMAT, NODES_MAX};
+use super::{At, check_name, done, is_sha256, unchanged};
+use csv_types::NodeId;
+
+impl ClusterDb {
+    /// The commands that are about whether a node is there; `None` for others.
+    pub(super) fn apply_node(&mut self, at: At, command: &Command) -> Option<Answer> {
+        Some(if let Command::NodeAdd { node, token_sha256, expect_id } = command {
+            self.node_add(at, node, token_sha256, *expect_id)
+        } else if let Command::NodeUp { node, incarnation } = command {
+            self.node_up(at, *node, *incarnation)
+        } else if let Command::NodeIsolated { node, incarnation, reason } = command {
+            self.node_isolated(at, *node, *incarnation, reason)
+        } else if let Command::NodeDown { node, incarnation, reason, planned } = command {
+            self.node_down(at, *node, *incarnation, reason, *planned)
+        } else if let Command::NodeLeave { node, incarnation } = command {
+            self.node_leave(at, *node, *incarnation)
+        } else if let Command::NodeEvict { node } = command {
+            self.node_evict(at, *node)
+        } else {
+            return None;
+        })
+    }
+
+    pub(super) fn init(&mut self, at: At, init: &Init) -> Answer {
+        if self.initialised() {
+            return Err(Refused::ClusterExists { cluster: self.name.clone() });
+        }
+        check_name("cluster", &init.name)?;
+        if init.name.len() > 15 {
+            let why = "it must have 1 to 15 characters".into();
+            return Err(Refused::BadName { what: "cluster".into(), name: init.name.clone(), why });
+        }
+        if init.id.is_nil() {
+            return Err(Refused::Invalid("the cluster's id must not be nil".into()));
+        }
+        check_name("node", &init.node.name)?;
+        let level = init.node.feature_level;
+        if level == 0 {
+            return Err(Refused::Invalid("feature levels begin with 1".into()));
+        }
+        let mut settings = Settings::default();
+        for (key, value) in &init.settings {
+            settings.set(key, value)?;
+        }
+        self.format = FORMAT;
+        self.name = init.name.clone();
+        self.id = init.id;
+        self.feature_level = level;
+        self.settings = settings;
+        self.secrets = init.secrets.clone();
+        self.emit(
+            at,
+            EventKind::ClusterCreated,
+            None,
+            &init.name,
+            format!("cluster {} was created", init.name),
+        );
+        Ok(Applied::Node(self.insert_node(at, &init.node)))
+    }
+
+    fn insert_node(&mut self, at: At, new: &NewNode) -> NodeId {
+        let id = NodeId(self.next_node_id);
+        self.next_node_id += 1;
+        let node = Node {
+            id,
+            name: new.name.clone(),
+            addr: new.addr,
+            feature_level: new.feature_level,
+            version: new.version.clone(),
+            vote: true,
+            state: NodeState::Joining,
+            admin: AdminState::Active,
+            leaving: false,
+            incarnation: 0,
+            failures: Vec::new(),
+            quarantined_until_unix_ms: None,
+            cert_sha256: new.cert_sha256.clone(),
+            since_unix_ms: at,
+            down_reason: String::new(),
+        };
+        self.nodes.insert(id, node);
+        let message = format!("{} ({}) was added as node number {}", new.name, new.addr, id.0);
+        self.emit(at, EventKind::NodeAdded, Some(id), &new.name, message);
+        id
+    }
+
+    fn node_add(&mut self, at: At, new: &NewNode, token: &str, expect_id: Option<NodeId>) -> Answer {
+        let bad_token = |why: &str| Refused::Token { why: why.into() };
+        let entry = self.tokens.get(token).ok_or_else(|| bad_token("not known in this cluster"))?;
+        if at >= entry.expires_unix_ms {
+            return Err(bad_token("expired"));
+        }
+        if entry.uses_left == 0 {
+            return Err(bad_token("used up"));
+        }
+        check_name("node", &new.name)?;
+        let duplicate = |what: &str, name: String, hint: &str| Refused::Duplicate {
+            what: what.into(),
+            name,
+            hint: hint.into(),
+        };
+        if self.node_by_name(&new.name).is_some() {
+            let hint = ": give the machine another host name, or evict the old node first";
+            return Err(duplicate("node", new.name.clone(), hint));
+        }
+        if let Some(other) = self.nodes.values().find(|node| node.addr == new.addr) {
+            let hint = format!(" (node {}): every node needs an address of its own", other.name);
+            return Err(duplicate("address", new.addr.to_string(), &hint));
+        }
+        if self.nodes.len() >= NODES_MAX {
+            return Err(Refused::TooMany { what: "nodes".into(), max: NODES_MAX as u64 });
+        }
+        if self.next_node_id > NODE_ID_MAX {
+            return Err(Refused::TooMany {
+                what: "nodes in the life of a cluster (numbers are not used twice)".into(),
+                max: u64::from(NODE_ID_MAX),
+            });
+        }
+        if new.feature_level < self.feature_level {
+            let (node, has, level) = (new.name.clone(), new.feature_level, self.feature_level);
+            return Err(Refused::WrongVersion { node, has, level });
+        }
+        if !new.cert_sha256.is_empty() && !is_sha256(&new.cert_sha256) {
+            return Err(Refused::Invalid(
+                "the certificate's SHA-256 must be 64 lower-case hex digits".into(),
+            ));
+        }
+        if let Some(expected) = expect_id.filter(|expected| expected.0 != self.next_node_id) {
+            return Err(Refused::OtherNodeId { next: self.next_node_id, expected: expected.0 });
+        }
+        if let Some(token) = self.tokens.get_mut(token) {
+            token.uses_left -= 1;
+        }
+        Ok(Applied::Node(self.insert_node(at, new)))
+    }
+
+    fn node_up(&mut self, at: At, id: NodeId, incarnation: u64) -> Answer {
+        let node = self.need_node(id)?;
+        let stale = Refused::StaleIncarnation {
+            node: node.name.clone(),
+            got: incarnation,
+            current: node.incarnation,
+        };
+        let newer = incarnation > node.incarnation;
+        match node.state {
+            NodeState::Up if incarnation == node.incarnation => return unchanged(),
+            NodeState::Isolated if incarnation == node.incarnation => {}
+            NodeState::Joining | NodeState::Down | NodeState::Up | NodeState::Isolated if !newer => {
+                return Err(stale);
+            }
+            NodeState::Joining | NodeState::Down => {
+                if let Some(until) = node.quarantined_until_unix_ms.filter(|until| at < *until) {
+                    let failures = node.failures.len() as u64;
+                    let left_s = (until - at).div_ceil(1000);
+                    return Err(Refused::Quarantined { node: node.name.clone(), left_s, failures });
+                }
+            }
+            NodeState::Up | NodeState::Isolated => {
+                let (leaving, reason) = (node.leaving, "it started again without having been missed");
+                self.take_down(at, id, reason, leaving);
+                if self.need_node(id)?.quarantined(at) {
+                    return done();
+                }
+            }
+        }
+        let Some(node) = self.nodes.get_mut(&id) else { return unchanged() };
+        node.state = NodeState::Up;
+        node.incarnation = incarnation;
+        node.leaving = false;
+        node.quarantined_until_unix_ms = None;
+        node.down_reason.clear();
+        node.since_unix_ms = at;
+        let name = node.name.clone();
+        self.emit(at, EventKind::NodeUp, Some(id), &name, format!("{name} is up"));
+        done()
+    }
+
+    /// The node, if that is its incarnation.
+    fn need_incarnation(&self, id: NodeId, incarnation: u64) -> Result<&Node, Refused> {
+        let node = self.need_node(id)?;
+        if node.incarnation == incarnation {
+            return Ok(node);
+        }
+        let (name, current) = (node.name.clone(), node.incarnation);
+        Err(Refused::StaleIncarnation { node: name, got: incarnation, current })
+    }
+
+    fn node_isolated(&mut self, at: At, id: NodeId, incarnation: u64, reason: &str) -> Answer {
+        let node = self.need_incarnation(id, incarnation)?;
+        match node.state {
+            NodeState::Up => {}
+            NodeState::Isolated => return unchanged(),
+            NodeState::Joining | NodeState::Down => {
+                return Err(Self::node_state(node, at, "only a node that is up can become isolated"));
+            }
+        }
+        let Some(node) = self.nodes.get_mut(&id) else { return unchanged() };
+        node.state = NodeState::Isolated;
+        node.since_unix_ms = at;
+        node.down_reason = reason.into();
+        let name = node.name.clone();
+        self.emit(at, EventKind::NodeIsolated, Some(id), &name, format!("{name} is isolated: {reason}"));
+        done()
+    }
+
+    fn node_down(&mut self, at: At, id: NodeId, incarnation: u64, reason: &str, planned: bool) -> Answer {
+        let node = self.need_incarnation(id, incarnation)?;
+        if node.state == NodeState::Down {
+            return unchanged();
+        }
+        let planned = planned || node.state == NodeState::Joining;
+        self.take_down(at, id, reason, planned);
+        done()
+    }
+
+    /// Gives a node up: it is `Down`, each of its keys must go, and a failure counts unless it was planned.
+    fn take_down(&mut self, at: At, id: NodeId, reason: &str, planned: bool) {
+        let (window_ms, quarantine_ms) = (self.settings.quarantine_window_ms, self.settings.quarantine_ms);
+        let failures_max = usize::try_from(self.settings.quarantine_failures).unwrap_or(usize::MAX);
+        // Never so many that fewer than a majority of the nodes could be in.
+        let kept_out = self.nodes.values().filter(|node| node.id != id && node.quarantined(at)).count();
+        let may_quarantine = (kept_out + 1) * 2 < self.nodes.len();
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        node.state = NodeState::Down;
+        node.since_unix_ms = at;
+        node.down_reason = reason.into();
+        node.leaving = false;
+        let name = node.name.clone();
+        let mut quarantined = false;
+        if !planned {
+            node.failures.retain(|failure| at.saturating_sub(*failure) < window_ms);
+            node.failures.push(at);
+            quarantined = failures_max > 0 && node.failures.len() >= failures_max && may_quarantine;
+            if quarantined {
+                node.quarantined_until_unix_ms = Some(at.saturating_add(quarantine_ms));
+            }
+            // Only the newest matter; keeps the record small when quarantine is off.
+            let surplus = node.failures.len().saturating_sub(100);
+            node.failures.drain(..surplus);
+        }
+        let count = node.failures.len();
+        let kind = if planned { EventKind::NodeStopped } else { EventKind::NodeDown };
+        self.emit(at, kind, Some(id), &name, format!("{name} is down: {reason}"));
+        if quarantined {
+            let message = format!(
+                "{name} failed {count} times within {} min and is kept out for {} min",
+                window_ms / 60_000,
+                quarantine_ms / 60_000
+            );
+            self.emit(at, EventKind::NodeQuarantined, Some(id), &name, message);
+        }
+        self.order_fences(at, id, &format!("{name} is down: {reason}"));
+    }
+
+    fn node_leave(&mut self, at: At, id: NodeId, incarnation: u64) -> Answer {
+        let node = self.need_incarnation(id, incarnation)?;
+        if !node.is_up() {
+            return Err(Self::node_state(node, at, "only a node that is up can leave in good order"));
+        }
+        if node.leaving {
+            return unchanged();
+        }
+        let Some(node) = self.nodes.get_mut(&id) else { return unchanged() };
+        node.leaving = true;
+        let name = node.name.clone();
+        let message = format!("{name} is about to stop; its volumes and its vote move away first");
+        self.emit(at, EventKind::NodeLeaving, Some(id), &name, message);
+        done()
+    }
+
+    fn node_evict(&mut self, at: At, id: NodeId) -> Answer {
+        let node = self.need_node(id)?;
+        let name = node.name.clone();
+        if self.nodes.len() == 1 {
+            return Err(Refused::LastNode { node: name });
+        }
+        let owned = self.volumes_of(id);
+        if !owned.is_empty() {
+            return Err(Refused::OwnsVolumes { node: name, volumes: owned.join(", ") });
+        }
+        let in_use = match node.state {
+            NodeState::Joining | NodeState::Down => false,
+            NodeState::Up => node.admin != AdminState::Paused,
+            NodeState::Isolated => true,
+        };
+        if in_use {
+            let why = format!("run `csvctl node drain {name}` first, or stop csvd there");
+            return Err(Self::node_state(node, at, &why));
+        }
+        self.order_fences(at, id, &format!("{name} was evicted"));
+        self.nodes.remove(&id);
+        for volume in self.volumes.values_mut() {
+            volume.preferred.retain(|node| *node != id);
+            volume.failures.retain(|failure| failure.node != id);
+            // What is not to be fenced any more need not be remembered: the number never comes back.
+            volume.members.retain(|&node, member| {
+                node != id || member.state == super::super::volume::MemberState::FencePending
+            });
+        }
+        for owner in self.groups.values_mut().map(|group| &mut group.owner) {
+            *owner = owner.filter(|node| *node != id);
+        }
+        for owner in self.resources.values_mut().map(|resource| &mut resource.owner) {
+            *owner = owner.filter(|node| *node != id);
+        }
+        self.emit(
+            at,
+            EventKind::NodeEvicted,
+            Some(id),
+            &name,
+            format!("{name} was removed from the cluster"),
+        );
+        done()
+    }
+}

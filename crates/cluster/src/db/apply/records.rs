@@ -1,0 +1,182 @@
+//! Records that the engine only keeps: properties, checkpoints, tokens, secrets, events, groups, resources.
+
+use super::super::command::{Answer, Command, EVENTS_PER_COMMAND_MAX};
+use super::super::events::EventKind;
+use super::super::refused::Refused;
+use super::super::{
+    CHECKPOINT_BYTES_MAX, ClusterDb, Group, PROPERTY_BYTES_MAX, RECORDS_MAX, Resource, TOKENS_MAX, Token,
+};
+use super::{At, check_name, done, is_sha256, unchanged};
+use std::collections::BTreeMap;
+
+impl ClusterDb {
+    /// The commands of this file; `None` for others.
+    pub(super) fn apply_record(&mut self, at: At, command: &Command) -> Option<Answer> {
+        Some(if let Command::Property { key, value } = command {
+            self.property(key, value.as_deref())
+        } else if let Command::CheckpointPut { name, value } = command {
+            self.checkpoint_put(name, value)
+        } else if let Command::CheckpointDelete { name } = command {
+            if self.checkpoints.remove(name).is_some() { done() } else { unchanged() }
+        } else if let Command::TokenAdd { sha256, expires_unix_ms, uses } = command {
+            self.token_add(at, sha256, *expires_unix_ms, *uses)
+        } else if let Command::TokenRevoke { sha256 } = command {
+            self.token_revoke(at, sha256)
+        } else if let Command::SecretsSet { secrets } = command {
+            if self.secrets == *secrets {
+                return Some(unchanged());
+            }
+            self.secrets = secrets.clone();
+            let name = self.name.clone();
+            self.emit(
+                at,
+                EventKind::SecretsChanged,
+                None,
+                &name,
+                "the cluster's secrets were replaced".into(),
+            );
+            done()
+        } else if let Command::EventAdd { events } = command {
+            if events.len() > EVENTS_PER_COMMAND_MAX {
+                let (what, max) = ("events at a time".into(), EVENTS_PER_COMMAND_MAX as u64);
+                return Some(Err(Refused::TooMany { what, max }));
+            }
+            events.iter().for_each(|event| self.events.push(event.clone()));
+            done()
+        } else if let Command::GroupPut { group } = command {
+            self.group_put(at, group)
+        } else if let Command::GroupRemove { name } = command {
+            self.group_remove(at, name)
+        } else if let Command::ResourcePut { resource } = command {
+            self.resource_put(at, resource)
+        } else if let Command::ResourceRemove { name } = command {
+            self.resource_remove(at, name)
+        } else {
+            return None;
+        })
+    }
+
+    fn property(&mut self, key: &str, value: Option<&str>) -> Answer {
+        check_name("property", key)?;
+        let Some(value) = value else {
+            return if self.properties.remove(key).is_some() { done() } else { unchanged() };
+        };
+        check_bytes("a property", value.len(), PROPERTY_BYTES_MAX)?;
+        room(&self.properties, key, "properties")?;
+        self.properties.insert(key.into(), value.into());
+        done()
+    }
+
+    fn checkpoint_put(&mut self, name: &str, value: &[u8]) -> Answer {
+        check_name("checkpoint", name)?;
+        check_bytes("a checkpoint", value.len(), CHECKPOINT_BYTES_MAX)?;
+        room(&self.checkpoints, name, "checkpoints")?;
+        self.checkpoints.insert(name.into(), value.into());
+        done()
+    }
+
+    fn token_add(&mut self, at: At, sha256: &str, expires_unix_ms: u64, uses: u32) -> Answer {
+        if !is_sha256(sha256) {
+            return Err(Refused::Invalid("a token's SHA-256 must be 64 lower-case hex digits".into()));
+        }
+        if uses == 0 || expires_unix_ms <= at {
+            return Err(Refused::Invalid("a token must be good for at least one node and some time".into()));
+        }
+        let good = |token: &Token| token.uses_left > 0 && token.expires_unix_ms > at;
+        let others = self.tokens.iter().filter(|(key, token)| *key != sha256 && good(token)).count();
+        if others >= TOKENS_MAX {
+            return Err(Refused::TooMany { what: "join tokens".into(), max: TOKENS_MAX as u64 });
+        }
+        // Useless ones stay until then, so that their user is told why they are.
+        self.tokens.retain(|_, token| good(token));
+        self.tokens.insert(sha256.into(), Token { expires_unix_ms, uses_left: uses });
+        let name = self.name.clone();
+        self.emit(at, EventKind::TokenAdded, None, &name, format!("a join token for {uses} nodes was made"));
+        done()
+    }
+
+    fn token_revoke(&mut self, at: At, sha256: &str) -> Answer {
+        if self.tokens.remove(sha256).is_none() {
+            return unchanged();
+        }
+        let name = self.name.clone();
+        self.emit(at, EventKind::TokenRevoked, None, &name, "a join token was revoked".into());
+        done()
+    }
+
+    fn group_put(&mut self, at: At, group: &Group) -> Answer {
+        check_name("group", &group.name)?;
+        check_bytes("a group", map_bytes(&group.properties), PROPERTY_BYTES_MAX)?;
+        room(&self.groups, &group.name, "groups")?;
+        if let Some(owner) = group.owner {
+            self.need_node(owner)?;
+        }
+        if self.groups.get(&group.name) == Some(group) {
+            return unchanged();
+        }
+        self.groups.insert(group.name.clone(), group.clone());
+        let message = format!("group {} is {}", group.name, group.state);
+        self.emit(at, EventKind::GroupChanged, group.owner, &group.name, message);
+        done()
+    }
+
+    fn group_remove(&mut self, at: At, name: &str) -> Answer {
+        if let Some(resource) = self.resources.values().find(|resource| resource.group == name) {
+            return Err(Refused::Invalid(format!(
+                "group {name} has resource {}: remove its resources first",
+                resource.name
+            )));
+        }
+        if self.groups.remove(name).is_none() {
+            return Err(Refused::NotFound { what: "group".into(), name: name.into() });
+        }
+        self.emit(at, EventKind::GroupRemoved, None, name, format!("group {name} was removed"));
+        done()
+    }
+
+    fn resource_put(&mut self, at: At, resource: &Resource) -> Answer {
+        check_name("resource", &resource.name)?;
+        check_bytes("a resource", map_bytes(&resource.properties), PROPERTY_BYTES_MAX)?;
+        room(&self.resources, &resource.name, "resources")?;
+        if !self.groups.contains_key(&resource.group) {
+            return Err(Refused::NotFound { what: "group".into(), name: resource.group.clone() });
+        }
+        if let Some(owner) = resource.owner {
+            self.need_node(owner)?;
+        }
+        if self.resources.get(&resource.name) == Some(resource) {
+            return unchanged();
+        }
+        self.resources.insert(resource.name.clone(), resource.clone());
+        let message = format!("resource {} is {}", resource.name, resource.state);
+        self.emit(at, EventKind::ResourceChanged, resource.owner, &resource.name, message);
+        done()
+    }
+
+    fn resource_remove(&mut self, at: At, name: &str) -> Answer {
+        if self.resources.remove(name).is_none() {
+            return Err(Refused::NotFound { what: "resource".into(), name: name.into() });
+        }
+        self.emit(at, EventKind::ResourceRemoved, None, name, format!("resource {name} was removed"));
+        done()
+    }
+}
+
+fn map_bytes(map: &BTreeMap<String, String>) -> usize {
+    map.iter().map(|(key, value)| key.len() + value.len()).sum()
+}
+
+fn check_bytes(what: &str, bytes: usize, max: usize) -> Result<(), Refused> {
+    if bytes <= max {
+        return Ok(());
+    }
+    Err(Refused::Invalid(format!("{what} can have {max} bytes, this one has {bytes}")))
+}
+
+/// Is there room for one more, or is it there already?
+fn room<T>(map: &BTreeMap<String, T>, key: &str, what: &str) -> Result<(), Refused> {
+    if map.len() < RECORDS_MAX || map.contains_key(key) {
+        return Ok(());
+    }
+    Err(Refused::TooMany { what: what.into(), max: RECORDS_MAX as u64 })
+}
