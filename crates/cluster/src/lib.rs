@@ -11,4 +11,5 @@
 //! The drivers are csvd (wall clock, network, LUNs) and the simulation. All safety against late, doubled and reordered
 //! commands lies in [`db::ClusterDb::apply`]; `membership` and `failover` only propose.
 
+pub mod agent;
 pub mod db;
