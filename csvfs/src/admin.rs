@@ -106,6 +106,7 @@ fn handle(app: &Arc<App>, request: Request) -> Result<Answer> {
         Request::Map { path, .. } => map(app, &path),
         Request::Events { after } => Ok(Answer::Events { events: app.client.events.after(after) }),
         Request::Role { order, .. } => app.role_order(order).map(|()| Answer::Ok),
+        Request::RoleStatus { .. } => Ok(Answer::Role { status: app.role_status() }),
         Request::Fence { .. } => anyhow::bail!("csvfs fences nobody; ask csvd"),
         Request::Stop => {
             app.stop_soon();

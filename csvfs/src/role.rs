@@ -20,7 +20,7 @@ use crate::takeover::{Takeover, mount_note};
 use crate::{export, link};
 use anyhow::{Context, Result, bail};
 use csv_coordinator::Coordinator;
-use csv_types::admin::{RoleOrder, TakeOrder};
+use csv_types::admin::{RoleKind, RoleOrder, RoleStatus, TakeOrder};
 use csv_types::config::NodeConfig;
 use csv_types::{Epoch, NodeId};
 use std::sync::{Arc, Weak};
@@ -81,12 +81,14 @@ impl App {
                 }
             },
             RoleOrder::Suspend { reason } => {
-                self.client.suspend();
-                self.client.events.report(
-                    "suspended",
-                    format!("direct I/O stops, and so does a coordinator here: {reason}"),
-                );
-                self.leave(&mut role, End::Lost)
+                if !self.client.is_suspended() {
+                    let text = format!("direct I/O stops, and so does a coordinator here: {reason}");
+                    self.client.events.report("suspended", text);
+                }
+                self.client.suspend(reason);
+                self.leave(&mut role, End::Lost)?;
+                self.wait_quiet();
+                Ok(())
             }
         }
     }
@@ -252,6 +254,34 @@ impl App {
         };
         self.client.events.report("coordinator-left", text);
         Ok(())
+    }
+
+    /// Waits until nothing is under way on the LUN. What never ends there ends with the process.
+    fn wait_quiet(&self) {
+        let deadline = Instant::now() + RELEASE_LIMIT;
+        while !self.client.is_quiet() {
+            if Instant::now() >= deadline {
+                let text = "I/O on the LUN does not end; csvfs ends, which the kernel waits for".into();
+                self.client.events.report("io-stuck", text);
+                self.end_now();
+            }
+            std::thread::sleep(RELEASE_STEP);
+        }
+    }
+
+    /// What this node is now, for csvd. While an order is carried out: nobody yet.
+    pub(crate) fn role_status(&self) -> RoleStatus {
+        let (mode, _) = self.client.modes.current();
+        RoleStatus {
+            role: match &*self.role.lock() {
+                Role::Nobody => RoleKind::Nobody,
+                Role::Owner(owner) => RoleKind::Owner { epoch: owner.coordinator.options().epoch },
+                Role::Follower { epoch, owner, .. } => RoleKind::Follower { epoch: *epoch, owner: *owner },
+            },
+            suspended: self.client.is_suspended(),
+            refused_by_lun: self.client.is_refused_by_lun(),
+            mode,
+        }
     }
 
     /// Waits until nobody has the file system mounted. The kernel tells nobody when it is done, so it is asked.

@@ -177,7 +177,7 @@ fn ask_csvd(socket: &Path, request: &Request) -> Result<()> {
     match serde_json::from_str(&answer).context("csvd's answer is not understood")? {
         Answer::Ok => Ok(()),
         Answer::Error { message } => bail!(message),
-        other @ (Answer::State { .. } | Answer::Map { .. } | Answer::Events { .. }) => {
+        other @ (Answer::Role { .. } | Answer::State { .. } | Answer::Map { .. } | Answer::Events { .. }) => {
             bail!("csvd answered {other:?}")
         }
     }

@@ -121,6 +121,7 @@ impl Node {
             | Request::Maintenance { volume, .. }
             | Request::Fault { volume, .. }
             | Request::Role { volume, .. }
+            | Request::RoleStatus { volume }
             | Request::Map { volume, .. } => self.pass_on(volume, request),
         }
     }

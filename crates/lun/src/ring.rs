@@ -333,12 +333,20 @@ mod tests {
     }
 
     fn finish(ring: &mut Ring) -> RingIo {
+        let mut ended = finish_all(ring, 1);
+        assert_eq!(ended.len(), 1);
+        ended.remove(0)
+    }
+
+    /// So many I/Os or more: several may end at one time.
+    fn finish_all(ring: &mut Ring, count: usize) -> Vec<RingIo> {
         let mut out = VecDeque::new();
-        while out.is_empty() {
+        while out.len() < count {
+            assert!(ring.in_flight() > 0);
             ring.wait().unwrap();
             ring.completions(&mut out).unwrap();
         }
-        out.pop_front().unwrap()
+        out.into()
     }
 
     #[test]
@@ -353,11 +361,9 @@ mod tests {
         assert_eq!(ring.slots.iter().flatten().map(|slot| slot.pieces_left).collect::<Vec<_>>(), [4]);
         // Beside another one it is not cut.
         ring.read(2, AlignedBuf::new(1 << 20), 1 << 20, LunOffset(2 << 20)).unwrap();
-        let first = finish(&mut ring);
-        let second = finish(&mut ring);
-        assert_eq!(first.token + second.token, 3);
-        first.result.unwrap();
-        second.result.unwrap();
+        let both = finish_all(&mut ring, 2);
+        assert_eq!(both.iter().map(|io| io.token).sum::<u64>(), 3);
+        both.into_iter().for_each(|io| io.result.unwrap());
         ring.read(3, AlignedBuf::new(len), len, LunOffset(8192)).unwrap();
         let done = finish(&mut ring);
         done.result.unwrap();

@@ -66,6 +66,11 @@ pub enum Request {
         /// What to be.
         order: RoleOrder,
     },
+    /// What csvfs is for the volume.
+    RoleStatus {
+        /// Volume name.
+        volume: String,
+    },
     /// A node does not give back what it was lent: csvfs asks csvd to have it fenced. Answered when the node can write the
     /// LUN no more, or with an error.
     Fence {
@@ -176,10 +181,48 @@ pub enum Answer {
         /// Oldest first.
         events: Vec<Event>,
     },
+    /// What csvfs is for a volume.
+    Role {
+        /// The state.
+        status: RoleStatus,
+    },
     /// Refused; the text says why and what to do next.
     Error {
         /// For people.
         message: String,
+    },
+}
+
+/// What csvfs is for its volume.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RoleStatus {
+    /// Its role.
+    pub role: RoleKind,
+    /// No direct I/O by order of csvd, and none under way.
+    pub suspended: bool,
+    /// The LUN has refused this node (reservation conflict) since it was suspended last.
+    pub refused_by_lun: bool,
+    /// How data goes.
+    pub mode: Mode,
+}
+
+/// See [`RoleStatus`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "kebab-case")]
+pub enum RoleKind {
+    /// Not yet, or no more, anything.
+    Nobody,
+    /// The coordinator.
+    Owner {
+        /// Epoch of the ownership.
+        epoch: Epoch,
+    },
+    /// A data server.
+    Follower {
+        /// Epoch of the ownership.
+        epoch: Epoch,
+        /// The coordinator.
+        owner: NodeId,
     },
 }
 

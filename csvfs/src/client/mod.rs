@@ -98,6 +98,8 @@ pub(crate) struct VolumeClient {
     is_coordinator: AtomicBool,
     /// The cluster engine forbids direct I/O: the node may be presumed dead.
     suspended: AtomicBool,
+    /// The LUN has refused this node since the last [`VolumeClient::suspend`].
+    refused: AtomicBool,
     pub(crate) op_timeout: Duration,
     /// Files whose pages the kernel should drop (mmap): a recall says that another node is about to change them.
     stale_pages: Mutex<Option<SyncSender<u64>>>,
@@ -149,6 +151,7 @@ impl VolumeClient {
             smb: RwLock::new(None),
             is_coordinator: AtomicBool::new(false),
             suspended: AtomicBool::new(false),
+            refused: AtomicBool::new(false),
             op_timeout: options.op_timeout,
             stale_pages: Mutex::new(None),
             reclaiming: AtomicBool::new(false),
@@ -195,9 +198,33 @@ impl VolumeClient {
     }
 
     /// No direct I/O is begun from now on, whatever a coordinator says, until [`VolumeClient::resume`].
-    pub(crate) fn suspend(&self) {
+    pub(crate) fn suspend(&self, why: String) {
         self.suspended.store(true, Ordering::Release);
+        self.refused.store(false, Ordering::Release);
         self.end_lease();
+        self.modes.stopped(Some(why));
+    }
+
+    /// Is nothing under way that [`VolumeClient::suspend`] came too late for?
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.inodes.all().iter().all(|inode| inode.io.lock().cache.in_flight() == 0)
+    }
+
+    /// May this node do no direct I/O, by order?
+    pub(crate) fn is_suspended(&self) -> bool {
+        self.suspended.load(Ordering::Acquire)
+    }
+
+    /// The LUN refuses this node: it is fenced.
+    pub(crate) fn refused_by_lun(&self, why: String) {
+        self.refused.store(true, Ordering::Release);
+        self.end_lease();
+        self.modes.stopped(Some(why));
+    }
+
+    /// See [`VolumeClient::refused_by_lun`].
+    pub(crate) fn is_refused_by_lun(&self) -> bool {
+        self.refused.load(Ordering::Acquire)
     }
 
     /// Leases count again. What was held before is not used any more: the lease was over.
@@ -205,6 +232,7 @@ impl VolumeClient {
         if self.suspended.swap(false, Ordering::AcqRel) {
             self.end_lease();
             self.drop_layouts();
+            self.modes.stopped(None);
         }
     }
 

@@ -32,14 +32,15 @@ struct Inputs {
     path: Path,
     redirect: bool,
     maintenance: bool,
-    fenced: Option<String>,
+    /// The node was refused by the LUN, or may be presumed dead: no I/O.
+    stopped: Option<String>,
     is_coordinator: bool,
 }
 
 impl Inputs {
     fn mode(&self) -> Mode {
-        if let Some(why) = &self.fenced {
-            return Mode { kind: ModeKind::Unavailable, reason: Reason::Fenced(why.clone()) };
+        if let Some(why) = &self.stopped {
+            return Mode { kind: ModeKind::Paused, reason: Reason::Fenced(why.clone()) };
         }
         if self.maintenance {
             return Mode { kind: ModeKind::Paused, reason: Reason::Maintenance };
@@ -91,7 +92,7 @@ impl Modes {
     pub(crate) fn new(lun: Option<Arc<Lun>>, events: Arc<Events>) -> Modes {
         let path = if lun.is_some() { Path::Good } else { Path::Never };
         let inputs =
-            Inputs { path, redirect: false, maintenance: false, fenced: None, is_coordinator: false };
+            Inputs { path, redirect: false, maintenance: false, stopped: None, is_coordinator: false };
         let mode = inputs.mode();
         Modes {
             kind: AtomicU8::new(code(mode.kind)),
@@ -178,9 +179,9 @@ impl Modes {
         self.change(|inputs| inputs.is_coordinator = on);
     }
 
-    /// The node was refused by the LUN (reservation) and must not write any more.
-    pub(crate) fn fenced(&self, why: String) {
-        self.change(|inputs| inputs.fenced = Some(why));
+    /// The node must do no I/O, for this reason; or may again.
+    pub(crate) fn stopped(&self, why: Option<String>) {
+        self.change(|inputs| inputs.stopped = why);
     }
 
     /// A direct I/O failed. Starts probing.
@@ -226,7 +227,7 @@ mod tests {
     use super::*;
 
     fn inputs() -> Inputs {
-        Inputs { path: Path::Good, redirect: false, maintenance: false, fenced: None, is_coordinator: false }
+        Inputs { path: Path::Good, redirect: false, maintenance: false, stopped: None, is_coordinator: false }
     }
 
     #[test]
@@ -243,7 +244,7 @@ mod tests {
         assert_eq!(ordered.mode().reason, Reason::UserRequest);
         let paused = Inputs { maintenance: true, redirect: true, ..inputs() };
         assert_eq!(paused.mode().kind, ModeKind::Paused);
-        let fenced = Inputs { fenced: Some("preempted".into()), maintenance: true, ..inputs() };
-        assert_eq!(fenced.mode().kind, ModeKind::Unavailable);
+        let fenced = Inputs { stopped: Some("preempted".into()), maintenance: true, ..inputs() };
+        assert_eq!(fenced.mode().reason, Reason::Fenced("preempted".into()));
     }
 }

@@ -70,12 +70,10 @@ fn check(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
 fn state(lab: &Lab, node: &LabNode) -> anyhow::Result<Vec<VolumeState>> {
     let socket = node::path_of(lab, node, "/run/csv/csvd.sock")?;
     let request = Request::State { volume: Some(lab.volume.clone()) };
-    match admin::ask_socket(&socket, &request, ASK_LIMIT)? {
-        Answer::State { rows } => Ok(rows),
-        Answer::Ok | Answer::Map { .. } | Answer::Events { .. } | Answer::Error { .. } => {
-            bail!("csvd did not answer with a state")
-        }
-    }
+    let Answer::State { rows } = admin::ask_socket(&socket, &request, ASK_LIMIT)? else {
+        bail!("csvd did not answer with a state");
+    };
+    Ok(rows)
 }
 
 fn serves(rows: &[VolumeState], node: &LabNode) -> anyhow::Result<()> {

@@ -79,9 +79,9 @@ impl VolumeClient {
                 Ok(())
             }
             LunError::Fenced { .. } => {
-                self.end_lease();
-                self.modes.fenced(error.to_string());
-                Err(Errno::IO)
+                // Whoever waits goes on when the cluster has let this node in again.
+                self.refused_by_lun(error.to_string());
+                Ok(())
             }
             LunError::ReadOnly { .. }
             | LunError::OutOfBounds { .. }
