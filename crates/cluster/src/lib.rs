@@ -12,3 +12,7 @@
 //! commands lies in [`db::ClusterDb::apply`]; `membership` and `failover` only propose.
 
 pub mod db;
+pub mod failover;
+pub mod membership;
+pub mod quorum;
+pub mod witness;
