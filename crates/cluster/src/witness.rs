@@ -16,12 +16,13 @@
 //!   aborts the holder it saw (or reserves, if there was none), reads the reservation back, moves the counter, re-reads the
 //!   voter's state from the LUN, and then starts the voter.
 //!
-//! Why two never answer. `deadline_ms` lies between `renew_ms` and `challenge_ms`. The holder's last renewal was on the LUN before
-//! the challenger's first look, so the holder has stopped by `deadline_ms` after that; the challenger preempts not before `challenge_ms`
-//! after it. That is the first line, and needs clocks that run. The second needs none: a holder that was frozen, or whose preemption
-//! came late, fails the verify, and every answer that passed its verify was given on a state that the challenger reads afterwards. Of two
-//! challengers the second preempts a key that holds nothing any more, which is a conflict. A node's own key from before a
-//! restart is challenged like any other.
+//! Why no two answer on different states. `deadline_ms` lies between `renew_ms` and `challenge_ms`. The holder's last renewal was on
+//! the LUN before the challenger's first look, so the holder has stopped by `deadline_ms` after that; the challenger preempts not
+//! before `challenge_ms` after it. That is the first line, and needs clocks that run. The second needs none: a holder that was frozen,
+//! or is preempted by a challenger that was, fails its next verify; and an answer that passed its verify before the preemption
+//! was given on a state that the challenger reads after it. Of two challengers the second preempts a key that holds nothing any
+//! more, which is a conflict. A challenger that took too long over its second look does not act on it. A node's own
+//! key from before a restart is challenged like any other.
 //!
 //! What a crash leaves: the reservation and a counter that stands still; the next challenger takes `challenge_ms` longer, nothing else.
 //! Effects carry numbers (`op`); completions of operations that are no longer waited for are passed over.

@@ -15,12 +15,14 @@ pub(super) struct Planner<'a> {
     pub(super) owned: BTreeMap<NodeId, usize>,
     /// Volumes that this plan touches.
     pub(super) touched: BTreeSet<String>,
+    /// Volumes that this plan takes from their owner at once.
+    pub(super) taken: BTreeSet<String>,
 }
 
 /// Why there is no candidate.
 #[derive(Debug)]
 pub(super) enum Blocked {
-    /// Something is under way that may change it: a fence, or the first report of a node that is up.
+    /// A node that is up has not reported yet.
     Wait,
     /// What keeps each node from it.
     NoNode(String),
@@ -29,7 +31,7 @@ pub(super) enum Blocked {
 impl fmt::Display for Blocked {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Blocked::Wait => f.write_str("nodes are being fenced or have not reported yet"),
+            Blocked::Wait => f.write_str("a node has not reported yet"),
             Blocked::NoNode(why) => write!(f, "no node can own it: {why}"),
         }
     }
@@ -46,17 +48,10 @@ enum Unfit {
 impl<'a> Planner<'a> {
     pub(super) fn new(db: &'a ClusterDb, view: &'a View) -> Self {
         let mut owned = BTreeMap::new();
-        for volume in db.volumes.values() {
-            let target = match &volume.state {
-                VolumeState::Releasing { to, .. } => *to,
-                VolumeState::Starting { .. } | VolumeState::Online => volume.owner,
-                VolumeState::Offline { .. } | VolumeState::Failed { .. } => None,
-            };
-            if let Some(target) = target {
-                *owned.entry(target).or_insert(0) += 1;
-            }
+        for home in db.volumes.values().filter_map(home) {
+            *owned.entry(home).or_insert(0) += 1;
         }
-        Planner { db, view, commands: Vec::new(), owned, touched: BTreeSet::new() }
+        Planner { db, view, commands: Vec::new(), owned, touched: BTreeSet::new(), taken: BTreeSet::new() }
     }
 
     /// How long ago that was. A wall clock that was set back by more than that counts as time gone by, so that nothing
@@ -121,8 +116,8 @@ impl<'a> Planner<'a> {
                 .and_then(|report| report.volumes.get(&volume.name))
                 .is_some_and(|report| report.problem.is_some());
             let load = report.map_or(u32::MAX, |report| report.load);
-            let failures = volume.failures_on(node);
-            (failures, problem, Self::rank(volume, node), self.owned_by(node), load, node)
+            let others = self.owned_by(node).saturating_sub(usize::from(home(volume) == Some(node)));
+            (volume.failures_on(node), problem, Self::rank(volume, node), others, load, node)
         });
         best.ok_or_else(|| self.blocked(volume, not))
     }
@@ -131,10 +126,7 @@ impl<'a> Planner<'a> {
         let others = self.db.nodes.values().filter(|node| Some(node.id) != not);
         let unfit: Vec<(&Node, Unfit)> =
             others.filter_map(|node| self.fit(volume, node).err().map(|unfit| (node, unfit))).collect();
-        // A pending fence needs an owner who carries it out; only with one is it worth waiting for.
-        let fencer = volume.owner.is_some();
-        let wait = |unfit: &Unfit| *unfit == Unfit::Silent || (fencer && *unfit == Unfit::Fencing);
-        if unfit.iter().any(|(_, unfit)| wait(unfit)) {
+        if unfit.iter().any(|(_, unfit)| *unfit == Unfit::Silent) {
             return Blocked::Wait;
         }
         let because = unfit.iter().map(|(node, unfit)| match unfit {
@@ -146,17 +138,20 @@ impl<'a> Planner<'a> {
     }
 
     pub(super) fn assign(&mut self, volume: &Volume, to: NodeId, reason: String) {
-        if let Some(owned) = volume.owner.and_then(|owner| self.owned.get_mut(&owner)) {
+        if let Some(owned) = home(volume).and_then(|home| self.owned.get_mut(&home)) {
             *owned = owned.saturating_sub(1);
         }
         *self.owned.entry(to).or_insert(0) += 1;
         self.touched.insert(volume.name.clone());
+        if volume.owner != Some(to) {
+            self.taken.insert(volume.name.clone());
+        }
         let (name, from_epoch) = (volume.name.clone(), volume.epoch);
         self.commands.push(Command::VolumeAssign { name, from_epoch, to, reason });
     }
 
     pub(super) fn release(&mut self, volume: &Volume, to: Option<NodeId>, reason: &str) {
-        if let Some(owned) = volume.owner.and_then(|owner| self.owned.get_mut(&owner)) {
+        if let Some(owned) = home(volume).and_then(|home| self.owned.get_mut(&home)) {
             *owned = owned.saturating_sub(1);
         }
         if let Some(to) = to {
@@ -173,7 +168,17 @@ impl<'a> Planner<'a> {
         if matches!(&volume.state, VolumeState::Offline { reason: already } if already == reason) {
             return;
         }
+        self.taken.insert(volume.name.clone());
         let (name, from_epoch) = (volume.name.clone(), volume.epoch);
         self.commands.push(Command::VolumeUnowned { name, from_epoch, reason: reason.into() });
+    }
+}
+
+/// The node that has the volume or is about to get it.
+fn home(volume: &Volume) -> Option<NodeId> {
+    match &volume.state {
+        VolumeState::Releasing { to, .. } => *to,
+        VolumeState::Starting { .. } | VolumeState::Online => volume.owner,
+        VolumeState::Offline { .. } | VolumeState::Failed { .. } => None,
     }
 }

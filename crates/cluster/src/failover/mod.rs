@@ -99,8 +99,9 @@ pub fn plan(db: &ClusterDb, view: &View) -> Vec<Command> {
     moves::drain(&mut planner);
     moves::rebalance(&mut planner);
     for node in db.nodes.values() {
-        let drained = node.admin == AdminState::Draining && db.volumes_of(node.id).is_empty();
-        if drained {
+        let owned = db.volumes_of(node.id);
+        let none_left = owned.iter().all(|volume| planner.taken.contains(*volume));
+        if node.admin == AdminState::Draining && none_left {
             planner.commands.push(Command::NodeDrained { node: node.id });
         }
     }
@@ -137,8 +138,8 @@ fn replace_owner(planner: &mut Planner<'_>, volume: &Volume, trouble: &Trouble) 
     let not = volume.owner.filter(|_| !trouble.owner_again);
     match planner.best(volume, not) {
         Ok(to) => planner.assign(volume, to, trouble.reason.clone()),
-        Err(blocked) if trouble.let_go => planner.unown(volume, &format!("{}; {blocked}", trouble.reason)),
-        Err(_) => {}
+        Err(blocked @ Blocked::NoNode(_)) if trouble.let_go => planner.unown(volume, &blocked.to_string()),
+        Err(Blocked::Wait | Blocked::NoNode(_)) => {}
     }
 }
 
@@ -159,6 +160,8 @@ fn retry_failed(planner: &mut Planner<'_>, volume: &Volume) {
     let retry_ms = planner.db.settings.failed_retry_ms;
     if retry_ms > 0 && planner.age_ms(volume.since_unix_ms) >= retry_ms {
         planner.commands.push(Command::VolumeBringOnline { name: volume.name.clone() });
+        let state = VolumeState::Offline { reason: "it is tried again".into() };
+        place_unowned(planner, &Volume { state, failures: Vec::new(), ..volume.clone() });
     }
 }
 

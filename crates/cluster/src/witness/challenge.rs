@@ -16,8 +16,8 @@ enum Phase {
     Looking,
     /// The holder has until then to move.
     Waiting { seen: Slot, until_ms: u64 },
-    /// Second look.
-    LookingAgain { seen: Slot },
+    /// Second look, and when it was begun.
+    LookingAgain { seen: Slot, begun_ms: u64 },
     /// Preempting.
     Taking,
     /// Reading back.
@@ -54,7 +54,8 @@ impl Witness {
         if let Phase::Waiting { seen, until_ms } = challenge.phase
             && self.now_ms >= until_ms
         {
-            self.enter(Phase::LookingAgain { seen }, |op| Effect::ReadSlot { op }, effects);
+            let begun_ms = self.now_ms;
+            self.enter(Phase::LookingAgain { seen, begun_ms }, |op| Effect::ReadSlot { op }, effects);
         }
     }
 
@@ -70,10 +71,17 @@ impl Witness {
                 self.role =
                     Role::Challenger(Challenge { phase: Phase::Waiting { seen, until_ms }, op: None });
             }
-            (Phase::LookingAgain { seen }, Outcome::Slot(now)) if seen != now => {
+            (Phase::LookingAgain { seen, .. }, Outcome::Slot(now)) if seen != now => {
                 self.stop("another node holds it and is alive", effects);
             }
-            (Phase::LookingAgain { seen }, Outcome::Slot(_)) => {
+            (Phase::LookingAgain { begun_ms, .. }, Outcome::Slot(_))
+                if self.now_ms - begun_ms
+                    > self.timing.challenge_ms.saturating_sub(self.timing.deadline_ms) =>
+            {
+                // Somebody else may have taken it meanwhile.
+                self.stop("the last look at the holder is too long ago", effects);
+            }
+            (Phase::LookingAgain { seen, .. }, Outcome::Slot(_)) => {
                 let victim = seen.holder;
                 self.enter(Phase::Taking, |op| Effect::TakeOver { op, victim }, effects);
             }
