@@ -61,6 +61,7 @@ impl Case {
     }
 }
 
+#[allow(clippy::wildcard_enum_match_arm, reason = "every other command is wrong")]
 fn short(command: &Command) -> String {
     match command {
         Command::VolumeAssign { name, to, .. } => format!("{name} -> {to}"),
@@ -70,7 +71,7 @@ fn short(command: &Command) -> String {
         Command::VolumeFail { name, .. } => format!("{name} fails"),
         Command::VolumeBringOnline { name } => format!("{name} again"),
         Command::NodeDrained { node } => format!("{node} drained"),
-        other => panic!("{other:?} is not the manager's"),
+        _ => panic!("{command:?} is not the manager's"),
     }
 }
 
