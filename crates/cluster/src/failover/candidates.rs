@@ -101,15 +101,15 @@ impl<'a> Planner<'a> {
         volume.preferred.iter().position(|preferred| *preferred == node).unwrap_or(volume.preferred.len())
     }
 
-    /// Nodes that can own the volume, in order of number.
-    pub(super) fn candidates(&self, volume: &Volume) -> Vec<NodeId> {
-        let fit = self.db.nodes.values().filter(|node| self.fit(volume, node).is_ok());
-        fit.map(|node| node.id).collect()
+    /// Can the node own the volume?
+    pub(super) fn can_own(&self, volume: &Volume, node: &Node) -> bool {
+        self.fit(volume, node).is_ok()
     }
 
     /// The best owner, `not` left out.
     pub(super) fn best(&self, volume: &Volume, not: Option<NodeId>) -> Result<NodeId, Blocked> {
-        let candidates = self.candidates(volume).into_iter().filter(|node| Some(*node) != not);
+        let others = self.db.nodes.values().filter(|node| Some(node.id) != not);
+        let candidates = others.filter(|node| self.can_own(volume, node)).map(|node| node.id);
         let best = candidates.min_by_key(|&node| {
             let report = self.report(node);
             let problem = report

@@ -38,8 +38,7 @@ pub(super) fn rebalance(planner: &mut Planner<'_>) {
     let quiet = planner.commands.is_empty()
         && db.volumes.values().all(|volume| match volume.state {
             VolumeState::Starting { .. } | VolumeState::Releasing { .. } => false,
-            VolumeState::Online => true,
-            VolumeState::Offline { .. } | VolumeState::Failed { .. } => true,
+            VolumeState::Online | VolumeState::Offline { .. } | VolumeState::Failed { .. } => true,
         });
     let newest = db.nodes.values().filter(|node| node.takes_volumes()).map(|node| node.since_unix_ms).max();
     let Some(newest_join) = newest.filter(|_| quiet && db.settings.rebalance == Rebalance::OnJoin) else {
@@ -53,12 +52,13 @@ pub(super) fn rebalance(planner: &mut Planner<'_>) {
     let placed_before = |volume: &&Volume| {
         volume.state == VolumeState::Online && volume.want_online && volume.since_unix_ms < newest_join
     };
-    let better = |(volume, to)| better_owner(planner, volume, to);
-    let old: Vec<&Volume> = db.volumes.values().filter(placed_before).collect();
-    let pairs = |volume: &'_ Volume| planner.candidates(volume);
-    let found = old.iter().find_map(|volume| {
-        let best = pairs(volume).into_iter().filter_map(|to| better((volume, to))).min()?;
-        Some((*volume, best))
+    // The cheap question first: in a balanced cluster nobody is better, and this runs several times a second.
+    let better = |volume: &Volume, node: &Node| {
+        better_owner(planner, volume, node.id).filter(|_| planner.can_own(volume, node))
+    };
+    let found = db.volumes.values().filter(placed_before).find_map(|volume| {
+        let best = db.nodes.values().filter_map(|node| better(volume, node)).min()?;
+        Some((volume, best))
     });
     if let Some((volume, Better { to, reason, .. })) = found {
         planner.release(volume, Some(to), reason);

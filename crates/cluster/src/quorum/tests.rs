@@ -130,6 +130,19 @@ fn configured_votes_eviction_and_joining() {
 }
 
 #[test]
+fn a_change_that_would_stop_the_cluster_waits() {
+    let mut bed = bed(3, false, false);
+    bed.down(3);
+    bed.ok(Command::NodeVote { node: n(2), vote: false });
+    let decision = target_voters(&bed.db, &up(&[1, 2]), &voters(&[1, 2, 3]), false);
+    assert_eq!(decision.voters, voters(&[1, 2, 3]), "n1 alone is no majority of n1 and n3");
+    assert_eq!(decision.reason, "every change would cost the majority");
+    bed.up(3);
+    let decision = target_voters(&bed.db, &up(&[1, 2, 3]), &voters(&[1, 2, 3]), false);
+    assert_eq!(decision.voters, voters(&[1, 3]));
+}
+
+#[test]
 fn what_can_be_survived() {
     let five = voters(&[1, 2, 3, 4, 5]);
     assert_eq!(tolerates(&five, &five), Some(2));

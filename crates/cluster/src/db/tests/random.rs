@@ -124,6 +124,15 @@ fn check_members(last: &Volume, volume: &Volume) {
     }
 }
 
+/// Is it about an epoch that the volume has not got?
+fn stale(db: &ClusterDb, command: &Command) -> bool {
+    let json = serde_json::to_value(command).unwrap();
+    let fields = json.as_object().unwrap().values().next().unwrap();
+    let epoch = fields.get("epoch").or(fields.get("from_epoch")).and_then(|epoch| epoch.as_u64());
+    let volume = fields.get("name").and_then(|name| db.volumes.get(name.as_str().unwrap()));
+    volume.zip(epoch).is_some_and(|(volume, epoch)| volume.epoch != Epoch(epoch))
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
@@ -148,7 +157,9 @@ proptest! {
             sent.push(command.clone());
             let before = bed.db.clone();
             // `Bed::apply` checks the invariants of the state, and that a refusal changes nothing.
-            let _ = bed.apply(command);
+            let stale = stale(&bed.db, &command);
+            let answer = bed.apply(command);
+            prop_assert!(!stale || answer.is_err(), "stale and taken");
             check_step(&before, &bed.db, &mut owners);
         }
         let bytes = bed.db.encode_snapshot();
