@@ -13,3 +13,7 @@
 
 pub mod agent;
 pub mod db;
+pub mod failover;
+pub mod membership;
+pub mod quorum;
+pub mod witness;

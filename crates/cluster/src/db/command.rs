@@ -183,6 +183,8 @@ pub enum Command {
     VolumeFence { name: String, epoch: Epoch, node: NodeId, generation: u32, reason: String },
     /// The owner has fenced these.
     VolumeFenced { name: String, epoch: Epoch, fenced: Vec<(NodeId, u32)> },
+    /// A node: all its I/O under that generation is over and its key is unregistered; as good as a fence.
+    VolumeWithdraw { name: String, node: NodeId, incarnation: u64, generation: u32 },
     /// A node wants direct I/O under a new key. `from_generation` is what it had (0: nothing); all I/O of that is over.
     VolumeAdmit { name: String, node: NodeId, incarnation: u64, from_generation: u32 },
     /// Takes a volume offline and keeps it there.

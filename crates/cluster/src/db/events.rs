@@ -130,6 +130,7 @@ kinds! {
     Fenced = 4003, Warning, "a node was fenced from a volume's LUN";
     SelfFenced = 4004, Error, "a node stopped its direct I/O to defend the data";
     FenceFailed = 4005, Error, "a node could not be fenced";
+    MemberWithdrawn = 4007, Info, "a node gave up its way to a volume's LUN itself";
     FrozenAwake = 4006, Warning, "a node was frozen and woke up";
     GroupChanged = 5001, Info, "a group was changed";
     GroupRemoved = 5002, Info, "a group was removed";

@@ -23,6 +23,9 @@ pub mod refused;
 pub mod settings;
 pub mod volume;
 
+#[cfg(test)]
+pub(crate) mod tests;
+
 pub use command::{
     Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, decode_answer,
     encode_answer,

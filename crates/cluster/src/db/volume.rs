@@ -14,7 +14,7 @@
 //!
 //! A **member** is a node that has, or had, a key on the LUN. `Admitted` may write. `FencePending`: the majority has
 //! decided that its key must go; the owner preempts it and says so (`VolumeOnline`, `VolumeFenced`). `Fenced`: the key is
-//! known to be gone. A member never comes back under the same generation, so the key of a fenced member is dead for ever.
+//! known to be gone (preempted, or withdrawn by the node itself after its I/O had ended: `VolumeWithdraw`). A member never comes back under the same generation, so the key of a fenced member is dead for ever.
 //!
 //! Contract of the nodes
 //! * A node registers the key of a new generation only after all its I/O under earlier ones has ended.

@@ -70,7 +70,7 @@ impl ClusterDb {
         if node.admin == wanted {
             return unchanged();
         }
-        self.change_node(at, id, kind, message, |node| node.admin = wanted)
+        self.change_node(at, id, kind, message, |node| set_admin(node, at, wanted))
     }
 
     fn node_drained(&mut self, at: At, id: NodeId) -> Answer {
@@ -83,7 +83,9 @@ impl ClusterDb {
             return Err(Refused::OwnsVolumes { node: node.name.clone(), volumes: owned.join(", ") });
         }
         let message = format!("{} is drained: it owns no volume any more", node.name);
-        self.change_node(at, id, EventKind::NodeDrained, message, |node| node.admin = AdminState::Paused)
+        self.change_node(at, id, EventKind::NodeDrained, message, |node| {
+            set_admin(node, at, AdminState::Paused)
+        })
     }
 
     fn node_resume(&mut self, at: At, id: NodeId) -> Answer {
@@ -92,7 +94,9 @@ impl ClusterDb {
             return unchanged();
         }
         let message = format!("{} takes volumes again", node.name);
-        self.change_node(at, id, EventKind::NodeResumed, message, |node| node.admin = AdminState::Active)
+        self.change_node(at, id, EventKind::NodeResumed, message, |node| {
+            set_admin(node, at, AdminState::Active)
+        })
     }
 
     fn node_clear_quarantine(&mut self, at: At, id: NodeId) -> Answer {
@@ -229,5 +233,13 @@ impl ClusterDb {
         let name = self.name.clone();
         self.emit(at, EventKind::FeatureLevelRaised, None, &name, format!("feature level {to}"));
         done()
+    }
+}
+
+/// A node that is up shows this as its state, so it counts from now; one that takes volumes again is as one that joined.
+fn set_admin(node: &mut Node, at: At, admin: AdminState) {
+    node.admin = admin;
+    if node.is_up() {
+        node.since_unix_ms = at;
     }
 }

@@ -19,6 +19,8 @@ impl ClusterDb {
             self.volume_fenced(at, name, *epoch, fenced)
         } else if let Command::VolumeAdmit { name, node, incarnation, from_generation } = command {
             self.volume_admit(at, name, *node, *incarnation, *from_generation)
+        } else if let Command::VolumeWithdraw { name, node, incarnation, generation } = command {
+            self.volume_withdraw(at, name, *node, *incarnation, *generation)
         } else {
             return None;
         })
@@ -135,6 +137,40 @@ impl ClusterDb {
             return unchanged();
         }
         self.emit_fenced(at, name, &gone);
+        done()
+    }
+
+    fn volume_withdraw(
+        &mut self,
+        at: At,
+        name: &str,
+        id: NodeId,
+        incarnation: u64,
+        generation: u32,
+    ) -> Answer {
+        let volume = self.need_volume(name)?;
+        let node = self.need_node(id)?;
+        let shown = node.name.clone();
+        let Some(member) = volume.members.get(&id) else { return unchanged() };
+        if member.generation != generation {
+            let (volume, node, current) = (name.into(), shown, member.generation);
+            return Err(Refused::StaleGeneration { volume, node, got: generation, current });
+        }
+        if member.incarnation != incarnation {
+            let (node, current) = (shown, member.incarnation);
+            return Err(Refused::StaleIncarnation { node, got: incarnation, current });
+        }
+        if volume.owner == Some(id) {
+            return Err(Self::volume_state(volume, "its owner must release it first"));
+        }
+        if member.state == MemberState::Fenced {
+            return unchanged();
+        }
+        if let Some(member) = self.volumes.get_mut(name).and_then(|volume| volume.members.get_mut(&id)) {
+            member.state = MemberState::Fenced;
+        }
+        let message = format!("{shown} has given up its way to the LUN of volume {name}");
+        self.emit(at, EventKind::MemberWithdrawn, Some(id), &shown, message);
         done()
     }
 

@@ -216,6 +216,7 @@ impl ClusterDb {
         }
         let reason = match target {
             Some((_, Err(why))) => format!("released by {shown}, but: {why}"),
+            Some((_, Ok(_))) | None if to.is_some() => "it was taken offline".into(),
             Some((_, Ok(_))) | None => reason,
         };
         if let Some(volume) = self.volumes.get_mut(name) {

@@ -1,0 +1,177 @@
+//! Tests of the database. `Bed` is used by the other modules' tests as well.
+
+mod nodes;
+mod random;
+mod records;
+mod volumes;
+
+use super::*;
+use csv_types::{Epoch, VolumeId};
+use std::net::{IpAddr, Ipv4Addr};
+
+pub(crate) const MINUTE_MS: u64 = 60_000;
+pub(crate) const HOUR_MS: u64 = 60 * MINUTE_MS;
+pub(crate) const START_MS: u64 = 1_700_000_000_000;
+
+/// A database and the time.
+#[derive(Debug, Clone)]
+pub(crate) struct Bed {
+    pub(crate) db: ClusterDb,
+    pub(crate) now: u64,
+}
+
+pub(crate) fn new_node(number: u32) -> NewNode {
+    NewNode {
+        name: format!("n{number}"),
+        addr: addr(number),
+        feature_level: 1,
+        version: "0.1.0".into(),
+        cert_sha256: String::new(),
+    }
+}
+
+pub(crate) fn addr(number: u32) -> IpAddr {
+    IpAddr::V4(Ipv4Addr::from(0x0a4d_0000 + number))
+}
+
+pub(crate) fn token() -> String {
+    "ab".repeat(32)
+}
+
+pub(crate) fn n(number: u32) -> NodeId {
+    NodeId(number)
+}
+
+pub(crate) fn init() -> Command {
+    Command::Init(Box::new(Init {
+        name: "lab".into(),
+        id: Uuid::from_u128(7),
+        node: new_node(1),
+        secrets: Secrets::default(),
+        settings: Vec::new(),
+    }))
+}
+
+impl Bed {
+    pub(crate) fn empty() -> Self {
+        Bed { db: ClusterDb::default(), now: START_MS }
+    }
+
+    /// That many nodes, all up in incarnation 1.
+    pub(crate) fn nodes(count: u32) -> Self {
+        let mut bed = Bed::empty();
+        bed.ok(init());
+        let token_add = Command::TokenAdd { sha256: token(), expires_unix_ms: START_MS + HOUR_MS, uses: 100 };
+        bed.ok(token_add);
+        for number in 2..=count {
+            let node = new_node(number);
+            bed.ok(Command::NodeAdd { node, token_sha256: token(), expect_id: Some(n(number)) });
+        }
+        for number in 1..=count {
+            bed.ok(Command::NodeUp { node: n(number), incarnation: 1 });
+        }
+        bed
+    }
+
+    /// A volume, online on that node.
+    pub(crate) fn volume(&mut self, name: &str, owner: u32) {
+        self.add_volume(name, &[]);
+        self.assign(name, owner);
+        self.online(name, &[]);
+    }
+
+    pub(crate) fn add_volume(&mut self, name: &str, preferred: &[u32]) {
+        let id = VolumeId(Uuid::from_u128(100 + self.db.events.next as u128));
+        let preferred = preferred.iter().copied().map(NodeId).collect();
+        let (name, fs, label_epoch) = (name.into(), "ext4".into(), Epoch(0));
+        self.ok(Command::VolumeAdd { name, id, fs, preferred, label_epoch });
+    }
+
+    pub(crate) fn assign_command(&self, name: &str, to: u32) -> Command {
+        let from_epoch = self.db.volumes[name].epoch;
+        Command::VolumeAssign { name: name.into(), from_epoch, to: n(to), reason: "test".into() }
+    }
+
+    pub(crate) fn assign(&mut self, name: &str, to: u32) {
+        self.ok(self.assign_command(name, to));
+    }
+
+    pub(crate) fn online_command(&self, name: &str, fenced: &[(u32, u32)]) -> Command {
+        let volume = &self.db.volumes[name];
+        Command::VolumeOnline {
+            name: name.into(),
+            epoch: volume.epoch,
+            node: volume.owner.unwrap(),
+            fenced: fenced.iter().map(|(node, generation)| (n(*node), *generation)).collect(),
+        }
+    }
+
+    pub(crate) fn online(&mut self, name: &str, fenced: &[(u32, u32)]) {
+        self.ok(self.online_command(name, fenced));
+    }
+
+    pub(crate) fn admit(&mut self, name: &str, node: u32) -> Applied {
+        let from_generation =
+            self.db.volumes[name].members.get(&n(node)).map_or(0, |member| member.generation);
+        let incarnation = self.db.nodes[&n(node)].incarnation;
+        self.ok(Command::VolumeAdmit { name: name.into(), node: n(node), incarnation, from_generation })
+    }
+
+    pub(crate) fn down(&mut self, node: u32) {
+        let incarnation = self.db.nodes[&n(node)].incarnation;
+        self.ok(Command::NodeDown { node: n(node), incarnation, reason: "test".into(), planned: false });
+    }
+
+    pub(crate) fn up(&mut self, node: u32) {
+        let incarnation = self.db.nodes[&n(node)].incarnation + 1;
+        self.ok(Command::NodeUp { node: n(node), incarnation });
+    }
+
+    pub(crate) fn setting(&mut self, key: &str, value: &str) {
+        self.ok(Command::Setting { key: key.into(), value: value.into() });
+    }
+
+    pub(crate) fn apply(&mut self, command: Command) -> Answer {
+        let before = self.db.clone();
+        let envelope = command.by(n(1), self.now);
+        assert_eq!(Envelope::decode(&envelope.encode()).unwrap(), envelope);
+        let answer = self.db.apply(&envelope);
+        if let Err(broken) = self.db.check() {
+            panic!("{envelope:?} broke an invariant: {broken}");
+        }
+        if matches!(answer, Err(_) | Ok(Applied::Unchanged)) {
+            assert_eq!(self.db, before, "{envelope:?} was not taken and changed something");
+        }
+        assert_eq!(decode_answer(&encode_answer(&answer)).unwrap(), answer);
+        answer
+    }
+
+    /// Applies a command that must be taken.
+    pub(crate) fn ok(&mut self, command: Command) -> Applied {
+        let text = format!("{command:?}");
+        self.apply(command).unwrap_or_else(|refused| panic!("{text}: {refused}"))
+    }
+
+    /// Applies a command that must be refused with that word.
+    pub(crate) fn refused(&mut self, command: Command, word: &str) {
+        let text = format!("{command:?}");
+        match self.apply(command) {
+            Ok(applied) => panic!("{text} was taken: {applied:?}"),
+            Err(refused) => assert!(refused.to_string().contains(word), "{text}: {refused}"),
+        }
+    }
+
+    pub(crate) fn member(&self, name: &str, node: u32) -> (u32, MemberState) {
+        let member = self.db.volumes[name].members[&n(node)];
+        (member.generation, member.state)
+    }
+
+    /// Codes of the events since the number.
+    pub(crate) fn events(&self, after: u64) -> Vec<u32> {
+        self.db.events.after(after).map(|event| event.id).collect()
+    }
+
+    pub(crate) fn last_event(&self) -> u64 {
+        self.db.events.next - 1
+    }
+}

@@ -1,0 +1,96 @@
+use super::*;
+
+#[test]
+fn a_snapshot_comes_back_and_newer_or_damaged_ones_are_refused() {
+    let mut bed = Bed::nodes(2);
+    bed.volume("V", 1);
+    bed.ok(Command::CheckpointPut { name: "c".into(), value: vec![0, 255, 7] });
+    bed.ok(Command::Property { key: "site".into(), value: Some("hall 3".into()) });
+    let bytes = bed.db.encode_snapshot();
+    assert_eq!(ClusterDb::decode_snapshot(&bytes).unwrap(), bed.db);
+    let text = String::from_utf8(bytes.clone()).unwrap();
+    let newer = text.replacen("\"format\":1", "\"format\":2", 1);
+    let error = ClusterDb::decode_snapshot(newer.as_bytes()).unwrap_err();
+    assert!(matches!(error, SnapshotError::Newer { found: 2, known: 1 }), "{error}");
+    let unknown = text.replacen('{', "{\"from_the_future\":[1],", 1);
+    assert_eq!(ClusterDb::decode_snapshot(unknown.as_bytes()).unwrap(), bed.db);
+    let error = ClusterDb::decode_snapshot(&bytes[..bytes.len() - 1]).unwrap_err().to_string();
+    assert!(error.contains("csvctl cluster rejoin"), "{error}");
+    let twins = text.replacen("\"name\":\"n2\"", "\"name\":\"n1\"", 1);
+    let error = ClusterDb::decode_snapshot(twins.as_bytes()).unwrap_err().to_string();
+    assert!(error.contains("same name"), "{error}");
+    let empty = ClusterDb::default();
+    assert_eq!(ClusterDb::decode_snapshot(&empty.encode_snapshot()).unwrap(), empty);
+}
+
+#[test]
+fn a_command_of_a_newer_version_is_not_guessed_at() {
+    let error = Envelope::decode(br#"{"at_unix_ms":1,"by":1,"command":{"volume-teleport":{}}}"#).unwrap_err();
+    assert!(error.to_string().contains("newer version"), "{error}");
+    let text = String::from_utf8(Command::NodeResume { node: n(1) }.by(n(1), 5).encode()).unwrap();
+    assert_eq!(text, r#"{"at_unix_ms":5,"by":1,"command":{"node-resume":{"node":1}}}"#);
+}
+
+#[test]
+fn secrets_are_not_shown() {
+    let secrets = Secrets { smb_password: "geheim".into(), ..Secrets::default() };
+    assert!(!format!("{:?}", Command::SecretsSet { secrets }).contains("geheim"));
+}
+
+#[test]
+fn settings_quorum_and_votes() {
+    let mut bed = Bed::nodes(2);
+    bed.refused(Command::Setting { key: "heartbeat_ms".into(), value: "0".into() }, "50 to 60_000 ms");
+    bed.setting("heartbeat_ms", "500");
+    let quorum =
+        |name: &str, addr| QuorumConfig { witness: Witness::Node { name: name.into(), addr }, dynamic: true };
+    bed.refused(Command::QuorumSet { config: quorum("w", addr(2)) }, "another machine");
+    bed.ok(Command::QuorumSet { config: quorum("w", addr(200)) });
+    assert_eq!(bed.ok(Command::QuorumSet { config: quorum("w", addr(200)) }), Applied::Unchanged);
+    bed.ok(Command::NodeVote { node: n(1), vote: false });
+    bed.refused(Command::NodeVote { node: n(2), vote: false }, "only vote");
+}
+
+#[test]
+fn records_are_bounded() {
+    let mut bed = Bed::nodes(1);
+    let big = "x".repeat(PROPERTY_BYTES_MAX + 1);
+    bed.refused(Command::Property { key: "k".into(), value: Some(big) }, "65536 bytes");
+    let value = vec![0; CHECKPOINT_BYTES_MAX + 1];
+    bed.refused(Command::CheckpointPut { name: "c".into(), value }, "1048576 bytes");
+    for i in 0..TOKENS_MAX - 1 {
+        bed.ok(Command::TokenAdd { sha256: format!("{i:064x}"), expires_unix_ms: bed.now + 1, uses: 1 });
+    }
+    let more = |at| Command::TokenAdd { sha256: "f".repeat(64), expires_unix_ms: at + 1, uses: 1 };
+    bed.refused(more(bed.now), "no more than 64 join tokens");
+    bed.now += 1;
+    bed.ok(more(bed.now));
+    assert_eq!(bed.db.tokens.len(), 2, "the expired ones are gone");
+    let event = NewEvent {
+        id: 3014,
+        at_unix_ms: 1,
+        node: None,
+        subject: "V".into(),
+        level: Level::Info,
+        message: "m".into(),
+    };
+    bed.ok(Command::EventAdd { events: vec![event.clone(); 64] });
+    bed.refused(Command::EventAdd { events: vec![event; 65] }, "64 events");
+}
+
+#[test]
+fn groups_and_resources_hang_together() {
+    let mut bed = Bed::nodes(2);
+    let group = Group { name: "g".into(), owner: Some(n(2)), ..Group::default() };
+    let resource = Resource { name: "r".into(), group: "g".into(), ..Resource::default() };
+    bed.refused(Command::ResourcePut { resource: resource.clone() }, "no group g");
+    bed.ok(Command::GroupPut { group: group.clone() });
+    assert_eq!(bed.ok(Command::GroupPut { group }), Applied::Unchanged);
+    bed.ok(Command::ResourcePut { resource });
+    bed.refused(Command::GroupRemove { name: "g".into() }, "resource r");
+    bed.down(2);
+    bed.ok(Command::NodeEvict { node: n(2) });
+    assert_eq!(bed.db.groups["g"].owner, None);
+    bed.ok(Command::ResourceRemove { name: "r".into() });
+    bed.ok(Command::GroupRemove { name: "g".into() });
+}
