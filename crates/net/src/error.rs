@@ -93,6 +93,7 @@ pub fn explain_tls(error: &std::io::Error) -> String {
     tls.map_or_else(|| error.to_string(), explain)
 }
 
+#[allow(clippy::wildcard_enum_match_arm, reason = "what is not told apart keeps the library's words")]
 pub(crate) fn explain(error: &TlsError) -> String {
     match error {
         TlsError::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => format!(

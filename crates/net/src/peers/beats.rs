@@ -89,15 +89,13 @@ async fn keep(slot: Arc<Slot>, mut plan: watch::Receiver<Option<Plan>>) {
 /// Makes stream after stream.
 async fn streams(slot: &Arc<Slot>, plan: &Plan) {
     loop {
-        let pause = match stream(slot, plan).await {
-            CallError::NotAllowed(why) => {
-                plan.source.refused(slot.node(), &CallError::NotAllowed(why));
-                REFUSED_AGAIN
-            }
-            error => {
-                tracing::debug!(peer = %slot.node(), %error, "the stream of beats ended");
-                AGAIN
-            }
+        let error = stream(slot, plan).await;
+        let pause = if matches!(error, CallError::NotAllowed(_)) {
+            plan.source.refused(slot.node(), &error);
+            REFUSED_AGAIN
+        } else {
+            tracing::debug!(peer = %slot.node(), %error, "the stream of beats ended");
+            AGAIN
         };
         slot.pause(pause).await;
     }
