@@ -25,7 +25,7 @@ pub enum CallError {
     /// The peer does not take calls from this node: evicted, of another cluster, speaking for another.
     #[error("not allowed: {0}")]
     NotAllowed(String),
-    /// One side does not understand the other; too large a message too.
+    /// The answer was not understood, or a message was too large for the other side. It may have happened.
     #[error("protocol error: {0}")]
     Protocol(String),
 }
@@ -35,9 +35,9 @@ impl CallError {
     #[must_use]
     pub fn may_have_happened(&self) -> bool {
         match self {
-            CallError::TimedOut | CallError::Lost(_) => true,
+            CallError::TimedOut | CallError::Lost(_) | CallError::Protocol(_) => true,
             CallError::Refused(refusal) => refusal.kind == RefusalKind::UnknownOutcome,
-            CallError::Unreachable(_) | CallError::NotAllowed(_) | CallError::Protocol(_) => false,
+            CallError::Unreachable(_) | CallError::NotAllowed(_) => false,
         }
     }
 
@@ -45,13 +45,15 @@ impl CallError {
         let text = status.message().to_owned();
         match status.code() {
             Code::PermissionDenied | Code::Unauthenticated => CallError::NotAllowed(text),
-            Code::InvalidArgument | Code::Unimplemented | Code::OutOfRange | Code::DataLoss => {
-                CallError::Protocol(text)
-            }
+            Code::OutOfRange | Code::DataLoss => CallError::Protocol(text),
             Code::ResourceExhausted => CallError::Refused(Refusal::new(RefusalKind::Busy, text)),
-            Code::FailedPrecondition | Code::Aborted | Code::NotFound | Code::AlreadyExists => {
-                CallError::Refused(Refusal::new(RefusalKind::Failed, text))
-            }
+            // A message that the peer does not understand, or a call that it does not have: nothing happened.
+            Code::InvalidArgument
+            | Code::Unimplemented
+            | Code::FailedPrecondition
+            | Code::Aborted
+            | Code::NotFound
+            | Code::AlreadyExists => CallError::Refused(Refusal::new(RefusalKind::Failed, text)),
             Code::DeadlineExceeded => CallError::TimedOut,
             Code::Ok | Code::Cancelled | Code::Unknown | Code::Internal | Code::Unavailable => {
                 broken(&with_sources(status))

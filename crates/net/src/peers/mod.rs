@@ -23,7 +23,7 @@ use crate::socket::{Conn, Stub};
 use beats::Plan;
 use bytes::Bytes;
 use csv_proto::cluster::{
-    MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Proposed, RaftCall, admin_answer_from_wire,
+    MESSAGE_BYTES_MAX, PROTOCOL_VERSION, Proposed, RaftCall, Refusal, RefusalKind, admin_answer_from_wire,
     propose_answer_from_wire, raft_answer_from_wire, wire,
 };
 use csv_types::NodeId;
@@ -250,7 +250,6 @@ fn fits(bytes: usize) -> Result<(), CallError> {
     if bytes + AROUND <= MESSAGE_BYTES_MAX {
         return Ok(());
     }
-    Err(CallError::Protocol(format!(
-        "a message of {bytes} bytes is too large; the limit is {MESSAGE_BYTES_MAX}"
-    )))
+    let text = format!("a message of {bytes} bytes is too large; the limit is {MESSAGE_BYTES_MAX}");
+    Err(CallError::Refused(Refusal::new(RefusalKind::Failed, text)))
 }

@@ -23,9 +23,11 @@ use csv_proto::cluster::{
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use service::Service;
+use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -37,7 +39,9 @@ use tonic::codegen::Service as _;
 
 /// Connections at once: 64 nodes, the witness, and those that a node left half open when it was cut off.
 const CONNECTIONS_MAX: usize = 256;
-/// Of these, without a certificate.
+/// Of these, from one address and without having shown a certificate (yet): one machine cannot take all of them.
+const UNPROVEN_PER_ADDR_MAX: usize = 16;
+/// Of these, on which it is certain that there is none.
 const STRANGERS_MAX: usize = 16;
 /// A connection without a certificate ends after this time.
 const STRANGER_MAX: Duration = Duration::from_secs(60);
@@ -65,6 +69,8 @@ pub struct Joining {
 #[tonic::async_trait]
 pub trait Handler: Send + Sync + 'static {
     /// May this node (its certificate is of this cluster) call at all? Asked for each call and beat; must not block.
+    /// A node that is not known here may have been added a moment ago: what is to be refused is one that was evicted
+    /// (ids are never used twice), or whose certificate is not the one that was issued last.
     fn allowed(&self, peer: &Peer) -> bool;
 
     /// May this node speak for that Raft voter? Besides itself, for the witness that runs on it.
@@ -171,6 +177,41 @@ struct Shared {
     secrets: Arc<Secrets>,
     handler: Arc<dyn Handler>,
     strangers: Arc<Semaphore>,
+    unproven: Arc<Unproven>,
+}
+
+/// Connections that have shown no certificate (yet), by address.
+#[derive(Default)]
+struct Unproven(Mutex<BTreeMap<IpAddr, usize>>);
+
+impl Unproven {
+    /// One more, if there are not too many.
+    fn enter(self: &Arc<Self>, addr: IpAddr) -> Option<UnprovenGuard> {
+        let mut counts = self.0.lock();
+        let count = counts.entry(addr).or_default();
+        if *count >= UNPROVEN_PER_ADDR_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(UnprovenGuard { all: Arc::clone(self), addr })
+    }
+}
+
+struct UnprovenGuard {
+    all: Arc<Unproven>,
+    addr: IpAddr,
+}
+
+impl Drop for UnprovenGuard {
+    fn drop(&mut self) {
+        let mut counts = self.all.0.lock();
+        if let Some(count) = counts.get_mut(&self.addr) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.addr);
+            }
+        }
+    }
 }
 
 /// Starts a server.
@@ -182,7 +223,8 @@ pub async fn serve(options: ServerOptions) -> Result<ServerHandle, ServeError> {
     let listen = |reason| ServeError::Listen { addr, reason };
     let listener = TcpListener::bind(addr).await.map_err(listen)?;
     let addr = listener.local_addr().map_err(listen)?;
-    let shared = Shared { secrets, handler, strangers: Arc::new(Semaphore::new(STRANGERS_MAX)) };
+    let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
+    let shared = Shared { secrets, handler, strangers, unproven: Arc::default() };
     Ok(ServerHandle { addr, task: tokio::spawn(accept(listener, Arc::new(shared))) })
 }
 
@@ -206,6 +248,9 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 }
 
 async fn connection(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr) {
+    let Some(unproven) = shared.unproven.enter(from.ip()) else {
+        return shared.handler.refused(from, "too many connections without a certificate from this address");
+    };
     let tls = match handshake(&shared, stream).await {
         Ok(tls) => tls,
         Err(why) => return shared.handler.refused(from, &why),
@@ -220,6 +265,7 @@ async fn connection(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr) {
         Some(Err(error)) => return shared.handler.refused(from, &error.to_string()),
     };
     if peer.is_some() {
+        drop(unproven);
         return talk(shared, tls, peer, from).await;
     }
     let Ok(_permit) = Arc::clone(&shared.strangers).try_acquire_owned() else {

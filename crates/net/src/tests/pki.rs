@@ -115,3 +115,49 @@ fn a_clock_before_the_certificate_or_after_it_is_told() {
         assert!(text.contains("clock"), "{text}");
     }
 }
+
+/// The volume servers and their clients (coordinator, csvfs) use the same certificates: they know a node by the DNS name
+/// alone, want a certificate from both sides, and show no authority.
+#[tokio::test]
+async fn volume_servers_work_with_these_certificates() {
+    use tokio_rustls::rustls::pki_types::pem::PemObject;
+    use tokio_rustls::rustls::pki_types::{PrivateKeyDer, ServerName};
+    use tokio_rustls::rustls::server::WebPkiClientVerifier;
+    use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+    let ca = ca();
+    let mut roots = RootCertStore::empty();
+    roots.add(pki::certificate(&ca.cert_pem, "ca").unwrap()).unwrap();
+    let roots = std::sync::Arc::new(roots);
+    let provider = std::sync::Arc::new(crate::secrets::provider());
+    let node = |name: &str, id| {
+        let identity = NodeIdentity::create().unwrap();
+        let cert = ca.issue(name, NodeId(id), localhost(), &identity.csr_pem).unwrap();
+        let key = PrivateKeyDer::from_pem_slice(identity.key_pem.as_bytes()).unwrap();
+        (vec![pki::certificate(&cert, "it").unwrap()], key)
+    };
+    let (cert, key) = node("n1", 1);
+    let verifier =
+        WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone()).build().unwrap();
+    let server = ServerConfig::builder_with_provider(provider.clone())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_client_cert_verifier(verifier)
+        .with_single_cert(cert, key)
+        .unwrap();
+    let (cert, key) = node("Node-2.example", 2);
+    let client = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_client_auth_cert(cert, key)
+        .unwrap();
+    let (here, there) = tokio::io::duplex(64 << 10);
+    let name = ServerName::try_from("n1").unwrap();
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(client));
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(server));
+    let (connected, accepted) = tokio::join!(connector.connect(name, here), acceptor.accept(there));
+    connected.unwrap();
+    let accepted = accepted.unwrap();
+    let cert = &accepted.get_ref().1.peer_certificates().unwrap()[0];
+    assert_eq!(peer_of(cert).unwrap().name, "Node-2.example");
+}

@@ -152,7 +152,7 @@ async fn a_node_speaks_for_itself_only() {
     // A message without a version is not understood.
     let call = wire::RaftCall { from: 1, instance: 2, ..Default::default() };
     let status = conn.stub().raft(call).await.unwrap_err();
-    assert!(matches!(CallError::from_status(&status), CallError::Protocol(_)), "{status}");
+    assert!(matches!(CallError::from_status(&status), CallError::Refused(_)), "{status}");
 }
 
 #[tokio::test]
@@ -187,8 +187,30 @@ async fn a_message_that_is_too_large_is_refused_here() {
     let mut call = raft_call(1, "");
     call.payload = Bytes::from(vec![0; csv_proto::cluster::MESSAGE_BYTES_MAX]);
     let error = nodes[0].peers.raft(NodeId(2), call.clone(), LONG).await.unwrap_err();
-    assert!(matches!(error, CallError::Protocol(_)), "{error}");
+    assert!(matches!(&error, CallError::Refused(refusal) if refusal.text.contains("too large")), "{error}");
     call.payload = call.payload.slice(64..);
     let answer = nodes[0].peers.raft(NodeId(2), call.clone(), LONG).await.unwrap();
     assert_eq!(answer.len(), call.payload.len());
+}
+
+#[tokio::test]
+async fn half_open_connections_of_one_machine_keep_no_other_out() {
+    let nodes = cluster(&ca(), 2).await;
+    let addr = nodes[1].server.addr();
+    let mut open = Vec::new();
+    for _ in 0..17 {
+        open.push(tokio::net::TcpStream::connect(addr).await.unwrap());
+    }
+    until("one too many", || nodes[1].handler.refused.lock().iter().any(|why| why.contains("too many")))
+        .await;
+    // From another address of the loopback network.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+    let stream = socket.connect(addr).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(nodes[0].secrets.client());
+    connector.connect(ServerName::try_from("n2").unwrap(), stream).await.unwrap();
+    // And when they are gone, from the same.
+    drop(open);
+    nodes[0].peers.retry_now(NodeId(2));
+    call_until_ok(&nodes[0].peers, NodeId(2), 1).await;
 }
