@@ -30,7 +30,7 @@ pub(super) struct Recorder {
     pub(super) evicted: Mutex<BTreeSet<NodeId>>,
     pub(super) beats: Mutex<Vec<(NodeId, Beat)>>,
     pub(super) refused: Mutex<Vec<String>>,
-    /// Held while a test wants Raft calls to hang.
+    /// Held while a test wants calls to hang.
     pub(super) gate: tokio::sync::RwLock<()>,
     pub(super) joins: Mutex<Option<Admission>>,
     pub(super) joined: Mutex<Vec<Joining>>,
@@ -121,6 +121,7 @@ impl Handler for Recorder {
     }
 
     async fn join(&self, joining: Joining) -> Result<JoinGrant, Refusal> {
+        let _passed = self.gate.read().await;
         self.admit(&joining)
     }
 
