@@ -5,7 +5,7 @@
 //! * [`secrets`]: a node's certificate, key and authority, loaded and made into TLS settings; can be reloaded.
 //! * [`server`]: serves the protocol `csv.cluster.v1` ([`csv_proto::cluster`]) to the other nodes.
 //! * [`peers`]: connections to the other nodes: calls, and heartbeats.
-//! * [`join`]: the joiner's side.
+//! * [`mod@join`]: the joiner's side.
 //!
 //! Invariants: both ends of a connection have proved by a certificate of this cluster who they are, except that a
 //! joiner has none yet, and it can call Join only. A node speaks for itself only. Every call has a time limit, every

@@ -137,7 +137,11 @@ impl Slot {
         let dead = match &state.link {
             Link::Up(conn) if conn.is_live() => return Ok(Found::Up(Arc::clone(conn))),
             Link::Up(conn) => Some(conn.is_proven()),
-            Link::Connecting(opened) => return Ok(Found::Connecting(opened.clone())),
+            Link::Connecting(opened) if opened.has_changed().is_ok() => {
+                return Ok(Found::Connecting(opened.clone()));
+            }
+            // The task that connected has ended without a word.
+            Link::Connecting(_) => None,
             Link::Down { until, why } if Instant::now() < *until => {
                 return Err(CallError::Unreachable(why.clone()));
             }
