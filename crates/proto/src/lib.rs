@@ -1,8 +1,10 @@
-//! Control protocol between the csvfs of a node and the coordinator of a volume: generated types, and checked
-//! conversions to the words of [`csv_types`].
+//! Control protocol between the csvfs of a node and the coordinator of a volume, and, in [`cluster`], the protocol
+//! between the nodes' csvd: generated types, and checked conversions to the words of [`csv_types`].
 //!
 //! Everything that arrives is untrusted until it went through a conversion here: absent ids, names that no
 //! file system takes and inverted ranges end as [`Malformed`].
+
+pub mod cluster;
 
 use csv_types::ByteRange;
 
