@@ -23,6 +23,9 @@ mod transport;
 mod types;
 mod wire;
 
+#[cfg(test)]
+mod cluster_tests;
+
 pub use error::{Leader, ProposeError, ReadError, ServeError, StartError, Stop};
 pub use handle::{COMMAND_BYTES_MAX, Changes, Handle, PROPOSALS_MAX};
 pub use metrics::{Follower, Metrics, Role};

@@ -85,11 +85,17 @@ fn area_offset(generation: u64, area_slots: u64, slot: u64) -> u64 {
 /// # Errors
 /// When the region is too small, holds a database already (`NotEmpty`: wipe the first 16 KiB by hand), or fails.
 pub fn format(store: &mut dyn BlockStore, identity: Identity) -> Result<(), OpenError> {
+    if store.len() < REGION_BYTES_MIN {
+        let (place, bytes) = (store.place(), store.len());
+        return Err(OpenError::TooSmall { place, bytes, bytes_min: REGION_BYTES_MIN });
+    }
+    format_any(store, identity)
+}
+
+/// [`format`] without the least size.
+pub(crate) fn format_any(store: &mut dyn BlockStore, identity: Identity) -> Result<(), OpenError> {
     let place = store.place();
     let failed = |e: io::Error| OpenError::io(format!("cannot format {place}"), &e);
-    if store.len() < REGION_BYTES_MIN {
-        return Err(OpenError::TooSmall { place, bytes: store.len(), bytes_min: REGION_BYTES_MIN });
-    }
     for number in 0..SUPERBLOCKS {
         let mut buf = vec![0; SLOT];
         store.read(number * SLOT as u64, &mut buf).map_err(failed)?;

@@ -247,6 +247,14 @@ impl Directory {
 /// # Errors
 /// As [`open`].
 pub fn open_on(disk: Box<dyn Disk>, identity: Identity) -> Result<OpenStorage, OpenError> {
+    open_with(disk, identity, SEGMENT_BYTES_MAX)
+}
+
+pub(crate) fn open_with(
+    disk: Box<dyn Disk>,
+    identity: Identity,
+    segment_bytes_max: u64,
+) -> Result<OpenStorage, OpenError> {
     let place = disk.place();
     let mut reader = Reader { disk, place, identity, image: Image::default(), warnings: Vec::new() };
     let names = reader.disk.list().map_err(|e| OpenError::io(format!("cannot list {}", reader.place), &e))?;
@@ -276,15 +284,7 @@ pub fn open_on(disk: Box<dyn Disk>, identity: Identity) -> Result<OpenStorage, O
     let whole = reader.place.clone();
     reader.image.check().map_err(|e| OpenError::damaged(&whole, "the log as a whole", e))?;
     let Reader { disk, image, warnings, .. } = reader;
-    let backend = Directory {
-        disk,
-        identity,
-        segments,
-        tail_bytes,
-        next_frame,
-        snapshot,
-        segment_bytes_max: SEGMENT_BYTES_MAX,
-    };
+    let backend = Directory { disk, identity, segments, tail_bytes, next_frame, snapshot, segment_bytes_max };
     Ok(OpenStorage { backend: Box::new(backend), image, identity, warnings })
 }
 
