@@ -25,7 +25,7 @@ use openraft::{ChangeMembers, Raft};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::{Semaphore, watch};
 
@@ -51,6 +51,7 @@ struct Inner {
     /// When a message of a leader was last taken.
     heard: Mutex<Option<Instant>>,
     proposals: Semaphore,
+    electable: AtomicBool,
     stopped: watch::Receiver<Option<Stop>>,
     /// Closed when this is dropped: the supervisor shuts openraft down.
     _alive: watch::Sender<()>,
@@ -96,6 +97,7 @@ impl Handle {
             incoming: Mutex::default(),
             heard: Mutex::new(None),
             proposals: Semaphore::new(PROPOSALS_MAX),
+            electable: AtomicBool::new(true),
             stopped,
             _alive: alive,
         };
@@ -194,7 +196,8 @@ impl Handle {
 
     /// Makes these the voters, all of which must be members already; who is none of them becomes a learner. While
     /// the change is under way a majority of the old ones and of the new ones is needed. A change that was left in
-    /// the middle is ended by asking for it again.
+    /// the middle is ended by asking for it again. A leader that is no voter any more leads on, without counting
+    /// itself, until it is removed or steps down.
     ///
     /// # Errors
     /// See [`ProposeError`].
@@ -322,13 +325,24 @@ impl Handle {
 
     /// May this voter stand for election by itself? At first it may. A witness leads only when nobody else can.
     pub fn set_electable(&self, electable: bool) {
+        self.inner.electable.store(electable, Ordering::Relaxed);
         self.inner.raft.runtime_config().elect(electable);
     }
 
-    /// May this voter send heartbeats, if it leads? At first it may. Without them another one is elected, which is
-    /// how a leader steps down.
-    pub fn set_heartbeat(&self, heartbeat: bool) {
-        self.inner.raft.runtime_config().heartbeat(heartbeat);
+    /// Lets somebody else lead: sends no heartbeats and does not stand for election until another leader is heard,
+    /// which takes an election time. Does nothing when this voter does not lead. Commands that are proposed here
+    /// meanwhile put it off.
+    ///
+    /// # Errors
+    /// The last metrics, when nobody took over in time; this voter leads on then.
+    pub async fn step_down(&self, timeout: Duration) -> Result<(), Box<Metrics>> {
+        if self.metrics().role != Role::Leader {
+            return Ok(());
+        }
+        let quiet = Quiet(&self.inner);
+        quiet.set(false);
+        let id = self.inner.me.voter;
+        self.wait_for(timeout, |m| m.leader.is_some_and(|leader| leader != id)).await.map(drop)
     }
 
     /// Stops the instance and waits for it. Its storage is free afterwards.
@@ -401,6 +415,23 @@ impl Handle {
             }
         };
         Ok(wire::encode_chunk_answer(&answer))
+    }
+}
+
+/// Heartbeats and elections of an instance are off until this is dropped, also when its future is.
+struct Quiet<'a>(&'a Inner);
+
+impl Quiet<'_> {
+    fn set(&self, on: bool) {
+        let config = self.0.raft.runtime_config();
+        config.heartbeat(on);
+        config.elect(on && self.0.electable.load(Ordering::Relaxed));
+    }
+}
+
+impl Drop for Quiet<'_> {
+    fn drop(&mut self) {
+        self.set(true);
     }
 }
 

@@ -43,6 +43,8 @@ async fn voters_change_one_at_a_time() {
     let gone = leader.identity().voter;
     voters.retain(|id| *id != gone);
     cluster.set_voters(&voters).await;
+    cluster.propose(b"led by one without a vote").await;
+    leader.step_down(PATIENCE).await.unwrap();
     let leader = cluster.leader_but(&[gone]).await;
     leader.remove_nodes(BTreeSet::from([gone]), ATTEMPT).await.unwrap();
     assert!(!leader.metrics().nodes.contains_key(&gone));

@@ -121,7 +121,7 @@ fn segment_start(number: u64, identity: Identity, image: &Image) -> Vec<u8> {
     let mut body = Encoder::default();
     frame::encode_identity(&mut body, identity);
     image.state().encode(&mut body);
-    frame::encode(number, KIND_SEGMENT, &body.0)
+    frame::encode(0, number, KIND_SEGMENT, &body.0)
 }
 
 fn manifest(identity: Identity, segments: &[u64]) -> Vec<u8> {
@@ -131,7 +131,7 @@ fn manifest(identity: Identity, segments: &[u64]) -> Vec<u8> {
     for first in segments {
         body.u64(*first);
     }
-    frame::encode(0, KIND_MANIFEST, &body.0)
+    frame::encode(0, 0, KIND_MANIFEST, &body.0)
 }
 
 /// A file that is there whole or not at all.
@@ -174,7 +174,7 @@ impl Backend for Directory {
         snapshot.encode(&mut body);
         let new = self.snapshot + 1;
         let name = snapshot_name(new);
-        write_file(&mut *self.disk, &name, &frame::encode(new, KIND_SNAPSHOT, &body.0))
+        write_file(&mut *self.disk, &name, &frame::encode(0, new, KIND_SNAPSHOT, &body.0))
             .map_err(|e| self.failure("write", &name, &e))?;
         let old = std::mem::replace(&mut self.snapshot, new);
         if old > 0 {
@@ -196,7 +196,7 @@ impl Directory {
 
     fn append(&mut self, kind: u8, body: &[u8]) -> Result<(), StorageFailure> {
         let name = segment_name(self.segments.last().map_or(1, |s| s.first));
-        let bytes = frame::encode(self.next_frame, kind, body);
+        let bytes = frame::encode(self.tail_bytes, self.next_frame, kind, body);
         self.disk.append(&name, &bytes).map_err(|e| self.failure("write", &name, &e))?;
         self.disk.sync(&name).map_err(|e| self.failure("sync", &name, &e))?;
         self.next_frame += 1;

@@ -2,22 +2,25 @@
 //!
 //! ```text
 //!  0  u32  magic "CSRS"
-//!  4  u32  CRC-32 of bytes 8..4096
+//!  4  u32  CRC-32 of bytes 40..4096
 //!  8  u64  generation of the area
 //! 16  u64  number of the slot in its area, from 0
 //! 24  u16  bytes used of the payload
 //! 26  u8   flags: 1 first slot of a record, 2 last slot of a record, 4 written after the area was taken into use
 //! 27  u8   kind of the record
-//! 28       4 zero bytes
-//! 32       payload, 4064 bytes; what is not used is filled with 0xA5
+//! 28  u32  sectors of the slot that are all zeros as it was written
+//! 32  u32  CRC-32 of bytes 0..32
+//! 36       4 bytes 0xA5
+//! 40       payload, 4056 bytes; what is not used is filled with 0xA5
 //! ```
 //!
-//! An area is zeroed before it is used, and the filler is not zero. So a slot that cannot be read and has a sector
-//! of zeros was half written by a crash; one without was damaged later.
+//! An area is zeroed before it is used. So a slot that cannot be read and has more sectors of zeros than it was
+//! written with was half written by a crash; one with all its sectors was damaged later.
 
 /// Bytes of a slot: what every device writes as one piece or as sectors of 512.
 pub(crate) const SLOT: usize = 4096;
-const HEADER: usize = 32;
+const HEADER: usize = 40;
+const SECTOR: usize = 512;
 pub(crate) const PAYLOAD: usize = SLOT - HEADER;
 const MAGIC: [u8; 4] = *b"CSRS";
 const FILLER: u8 = 0xA5;
@@ -67,34 +70,59 @@ pub(crate) fn encode(generation: u64, number: u64, kind: u8, live: bool, body: &
         if i + 1 == count {
             flags |= LAST;
         }
-        let start = out.len();
-        out.extend_from_slice(&MAGIC);
-        out.extend_from_slice(&[0; 4]);
-        out.extend_from_slice(&generation.to_le_bytes());
-        out.extend_from_slice(&(number + i).to_le_bytes());
-        out.extend_from_slice(&u16::try_from(part.len()).unwrap_or(u16::MAX).to_le_bytes());
-        out.extend_from_slice(&[flags, kind, 0, 0, 0, 0]);
-        out.extend_from_slice(part);
-        out.resize(start + SLOT, FILLER);
-        let crc = crc32fast::hash(&out[start + 8..]);
-        out[start + 4..start + 8].copy_from_slice(&crc.to_le_bytes());
+        let mut slot = Vec::with_capacity(SLOT);
+        slot.extend_from_slice(&MAGIC);
+        slot.extend_from_slice(&[0; 4]);
+        slot.extend_from_slice(&generation.to_le_bytes());
+        slot.extend_from_slice(&(number + i).to_le_bytes());
+        slot.extend_from_slice(&u16::try_from(part.len()).unwrap_or(u16::MAX).to_le_bytes());
+        slot.extend_from_slice(&[flags, kind, 0, 0, 0, 0, 0, 0, 0, 0]);
+        slot.resize(HEADER, FILLER);
+        slot.extend_from_slice(part);
+        slot.resize(SLOT, FILLER);
+        let payload_crc = crc32fast::hash(&slot[HEADER..]);
+        put_u32(&mut slot, 4, payload_crc);
+        let zeros = zero_sectors(&slot);
+        put_u32(&mut slot, 28, zeros);
+        let header_crc = crc32fast::hash(&slot[..32]);
+        put_u32(&mut slot, 32, header_crc);
+        out.append(&mut slot);
     }
     out
+}
+
+fn put_u32(bytes: &mut [u8], at: usize, value: u32) {
+    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
 }
 
+fn zero_sectors(bytes: &[u8]) -> u32 {
+    bytes.chunks(SECTOR).map(|sector| u32::from(sector.iter().all(|b| *b == 0))).sum()
+}
+
 /// Reads one slot.
 pub(crate) fn decode(bytes: &[u8]) -> Content<'_> {
-    let zero_sectors = bytes.chunks(512).filter(|sector| sector.iter().all(|b| *b == 0)).count();
-    if zero_sectors == bytes.len() / 512 {
-        return Content::Zeros;
+    if bytes[..SECTOR].iter().all(|b| *b == 0) {
+        return if zero_sectors(bytes) as usize == bytes.len() / SECTOR {
+            Content::Zeros
+        } else {
+            Content::Torn
+        };
     }
-    let crc = crc32fast::hash(&bytes[8..]).to_le_bytes();
+    // The first sector is there, and with it a whole header.
     let used = usize::from(u16::from_le_bytes([bytes[24], bytes[25]]));
-    if bytes[..4] == MAGIC && bytes[4..8] == crc && used <= PAYLOAD {
+    let header = bytes[..4] == MAGIC && u32_at(bytes, 32) == crc32fast::hash(&bytes[..32]) && used <= PAYLOAD;
+    if !header || bytes[36..HEADER] != [FILLER; 4] {
+        return Content::Damaged;
+    }
+    if u32_at(bytes, 4) == crc32fast::hash(&bytes[HEADER..]) {
         return Content::Slot(Slot {
             generation: u64_at(bytes, 8),
             number: u64_at(bytes, 16),
@@ -103,7 +131,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Content<'_> {
             payload: &bytes[HEADER..HEADER + used],
         });
     }
-    if zero_sectors > 0 { Content::Torn } else { Content::Damaged }
+    if zero_sectors(bytes) > u32_at(bytes, 28) { Content::Torn } else { Content::Damaged }
 }
 
 #[cfg(test)]
@@ -127,11 +155,16 @@ mod tests {
 
     #[test]
     fn damage_and_half_writes_are_told_apart() {
-        let good = encode(1, 0, 2, true, b"vote");
+        let mut body = [7; 3000];
+        body[1000..2500].fill(0);
+        let good = encode(1, 0, 2, true, &body);
         assert_eq!(decode(&[0; SLOT]), Content::Zeros);
         for sector in 0..8 {
             let mut torn = good.clone();
             torn[sector * 512..(sector + 1) * 512].fill(0);
+            if torn == good {
+                continue;
+            }
             assert_eq!(decode(&torn), Content::Torn, "sector {sector}");
         }
         for byte in 0..SLOT {

@@ -313,7 +313,7 @@ fn the_error_names_file_and_record() {
     let segment = names.iter().find(|n| n.starts_with("log-")).unwrap();
     disk.flip(segment, 500 * 8);
     let error = Medium::Disk(disk).open().unwrap_err().to_string();
-    assert!(error.contains(segment) && error.contains("record 2 at byte"), "{error}");
+    assert!(error.contains(segment) && error.contains("record 3 at byte"), "{error}");
 }
 
 #[test]
