@@ -8,19 +8,18 @@
 //! Failure: when the storage fails, an answer is not let out by the gate, or openraft meets an error in itself,
 //! the instance stops for good, [`Handle::fatal`] says so, and nothing is answered any more.
 
-use crate::error::{Leader, ProposeError, ReadError, ServeError, StartError, Stop};
+use crate::error::{Leader, ProposeError, ReadError, StartError, Stop};
 use crate::machine::Machine;
 use crate::metrics::{Metrics, Role};
 use crate::network::{Acks, Network};
 use crate::options::{Options, Timing};
 use crate::store::{LogStore, Store};
-use crate::transport::{Gate, Rpc};
-use crate::types::{Command, Identity, RaftNode, Snapshot, TypeConfig, VoterId};
-use crate::wire::{self, ChunkAnswer, Incoming, Received, Request};
+use crate::transport::Gate;
+use crate::types::{Command, Identity, RaftNode, TypeConfig, VoterId};
+use crate::wire::Incoming;
 use openraft::error::{
     ChangeMembershipError, CheckIsLeaderError, ClientWriteError, Fatal, ForwardToLeader, RaftError,
 };
-use openraft::raft::AppendEntriesResponse;
 use openraft::{ChangeMembers, Raft};
 use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,19 +36,19 @@ pub const PROPOSALS_MAX: usize = 256;
 /// A running voter or learner. Clones are the same instance; it stops when the last one is gone.
 #[derive(Clone)]
 pub struct Handle {
-    inner: Arc<Inner>,
+    pub(crate) inner: Arc<Inner>,
 }
 
-struct Inner {
-    raft: Raft<TypeConfig>,
-    me: Identity,
-    store: Arc<Store>,
+pub(crate) struct Inner {
+    pub(crate) raft: Raft<TypeConfig>,
+    pub(crate) me: Identity,
+    pub(crate) store: Arc<Store>,
     timing: Timing,
     acks: Arc<Acks>,
-    gate: Option<Arc<dyn Gate>>,
-    incoming: Mutex<Incoming>,
+    pub(crate) gate: Option<Arc<dyn Gate>>,
+    pub(crate) incoming: Mutex<Incoming>,
     /// When a message of a leader was last taken.
-    heard: Mutex<Option<Instant>>,
+    pub(crate) heard: Mutex<Option<Instant>>,
     proposals: Semaphore,
     electable: AtomicBool,
     stopped: watch::Receiver<Option<Stop>>,
@@ -262,7 +261,7 @@ impl Handle {
     }
 
     /// The first cause, when it is known.
-    fn fatal_text(&self, e: &Fatal<VoterId>) -> String {
+    pub(crate) fn fatal_text(&self, e: &Fatal<VoterId>) -> String {
         self.inner.store.failed().borrow().clone().unwrap_or_else(|| e.to_string())
     }
 
@@ -354,67 +353,6 @@ impl Handle {
     /// Resolves when the instance has stopped, with the reason.
     pub async fn fatal(&self) -> Stop {
         wait_stopped(self.inner.stopped.clone()).await
-    }
-
-    /// Processes a call of another voter; the bytes are the answer to it.
-    ///
-    /// # Errors
-    /// When no answer may be given: let the call of the other side fail.
-    pub async fn serve(&self, rpc: Rpc, payload: &[u8]) -> Result<Vec<u8>, ServeError> {
-        let answer = match wire::decode_request(self.inner.me, rpc, payload) {
-            Ok((_, request)) => self.process(request).await?,
-            Err(malformed) => wire::encode_refusal(&malformed.0),
-        };
-        if let Some(gate) = &self.inner.gate
-            && !gate.verify().await
-        {
-            self.inner.store.fail("the gate is closed: this instance may not answer any more");
-            return Err(ServeError::Gated);
-        }
-        match &*self.inner.store.failed().borrow() {
-            Some(why) => Err(ServeError::Fatal(why.clone())),
-            None => Ok(answer),
-        }
-    }
-
-    async fn process(&self, request: Request) -> Result<Vec<u8>, ServeError> {
-        let raft = &self.inner.raft;
-        let fatal = |e: RaftError<VoterId>| match e {
-            RaftError::Fatal(e) => ServeError::Fatal(self.fatal_text(&e)),
-            RaftError::APIError(e) => match e {},
-        };
-        match request {
-            Request::Append(append) => {
-                let arrived = Instant::now();
-                let response = raft.append_entries(append).await.map_err(fatal)?;
-                if !matches!(response, AppendEntriesResponse::HigherVote(_)) {
-                    *self.inner.heard.lock() = Some(arrived);
-                }
-                Ok(wire::encode_append_answer(&response))
-            }
-            Request::Vote(vote) => Ok(wire::encode_vote_answer(&raft.vote(vote).await.map_err(fatal)?)),
-            Request::Snapshot(chunk) => self.receive(chunk).await,
-        }
-    }
-
-    async fn receive(&self, chunk: wire::Chunk) -> Result<Vec<u8>, ServeError> {
-        let fatal = |e: Fatal<VoterId>| ServeError::Fatal(self.fatal_text(&e));
-        let sender = chunk.vote;
-        let mine = self.inner.raft.with_raft_state(|state| *state.vote_ref()).await.map_err(fatal)?;
-        if mine > sender {
-            return Ok(wire::encode_chunk_answer(&ChunkAnswer::Done(mine)));
-        }
-        let received = self.inner.incoming.lock().take(chunk);
-        let answer = match received {
-            Err(malformed) => return Ok(wire::encode_refusal(&malformed.0)),
-            Ok(Received::Have(bytes)) => ChunkAnswer::Have(bytes),
-            Ok(Received::Whole(stored)) => {
-                let snapshot = Snapshot { meta: stored.meta, snapshot: Box::new(stored.data) };
-                let installed = self.inner.raft.install_full_snapshot(sender, snapshot).await;
-                ChunkAnswer::Done(installed.map_err(fatal)?.vote)
-            }
-        };
-        Ok(wire::encode_chunk_answer(&answer))
     }
 }
 

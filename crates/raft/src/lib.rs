@@ -17,6 +17,7 @@ mod machine;
 mod metrics;
 mod network;
 mod options;
+mod serve;
 pub mod storage;
 mod store;
 mod transport;

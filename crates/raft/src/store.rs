@@ -81,10 +81,7 @@ impl Store {
             if is_older(&record, &image) {
                 return Ok(());
             }
-            let written = match &record {
-                Record::Snapshot(snapshot) => backend.save_snapshot(snapshot, &image),
-                record => backend.write(record, &image),
-            };
+            let written = backend.write(&record, &image);
             written.map(|()| backend.pressed(&image)).map_err(|e| self.latch(e.to_string()))?
         };
         if pressed {

@@ -33,11 +33,11 @@ const RECORD_BYTES: usize = 256 << 10;
 
 /// A block device, or a part of one. Offsets and lengths are multiples of 4096; the memory is not aligned, so an
 /// implementation with O_DIRECT copies it.
+#[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
 pub trait BlockStore: Send + 'static {
     /// What to call it in messages.
     fn place(&self) -> String;
     /// Bytes of the region.
-    #[expect(clippy::len_without_is_empty, reason = "a region is never empty")]
     fn len(&self) -> u64;
     /// Reads past every cache of this machine.
     ///
@@ -133,6 +133,9 @@ fn zero(store: &mut dyn BlockStore, offset: u64, len: u64) -> io::Result<()> {
 
 impl Backend for Blocks {
     fn write(&mut self, record: &Record, image: &Image) -> Result<(), StorageFailure> {
+        if let Record::Snapshot(snapshot) = record {
+            return self.compact(image, Some(snapshot));
+        }
         let mut body = Encoder::default();
         record.encode(&mut body);
         let slots = slot::slots_for(body.0.len());
@@ -147,10 +150,6 @@ impl Backend for Blocks {
         self.store.write_synced(offset, &bytes).map_err(|e| self.failure(offset, &e))?;
         self.next += slots;
         Ok(())
-    }
-
-    fn save_snapshot(&mut self, snapshot: &StoredSnapshot, image: &Image) -> Result<(), StorageFailure> {
-        self.compact(image, Some(snapshot))
     }
 
     fn pressed(&self, image: &Image) -> bool {

@@ -76,9 +76,13 @@ pub fn exists(path: &Path) -> bool {
 }
 
 fn open_local(path: &Path) -> Result<LocalDisk, OpenError> {
-    LocalDisk::open(path).map_err(|e| match e.kind() {
-        io::ErrorKind::WouldBlock => OpenError::Busy { place: path.display().to_string() },
-        _ => OpenError::io(format!("cannot open {}", path.display()), &e),
+    LocalDisk::open(path).map_err(|e| {
+        let place = path.display().to_string();
+        if e.kind() == io::ErrorKind::WouldBlock {
+            OpenError::Busy { place }
+        } else {
+            OpenError::io(format!("cannot open {place}"), &e)
+        }
     })
 }
 
@@ -149,6 +153,9 @@ fn write_file(disk: &mut dyn Disk, name: &str, bytes: &[u8]) -> io::Result<()> {
 
 impl Backend for Directory {
     fn write(&mut self, record: &Record, image: &Image) -> Result<(), StorageFailure> {
+        if let Record::Snapshot(snapshot) = record {
+            return self.save_snapshot(snapshot);
+        }
         if self.tail_bytes >= self.segment_bytes_max {
             self.roll(image)?;
         }
@@ -164,22 +171,6 @@ impl Backend for Directory {
             }
             Record::Purge { upto } => self.drop_segments(upto.index)?,
             Record::State { .. } | Record::Vote(_) | Record::Truncate { .. } | Record::Snapshot(_) => {}
-        }
-        Ok(())
-    }
-
-    fn save_snapshot(&mut self, snapshot: &StoredSnapshot, _image: &Image) -> Result<(), StorageFailure> {
-        let mut body = Encoder::default();
-        frame::encode_identity(&mut body, self.identity);
-        snapshot.encode(&mut body);
-        let new = self.snapshot + 1;
-        let name = snapshot_name(new);
-        write_file(&mut *self.disk, &name, &frame::encode(0, new, KIND_SNAPSHOT, &body.0))
-            .map_err(|e| self.failure("write", &name, &e))?;
-        let old = std::mem::replace(&mut self.snapshot, new);
-        if old > 0 {
-            let name = snapshot_name(old);
-            self.disk.remove(&name).map_err(|e| self.failure("remove", &name, &e))?;
         }
         Ok(())
     }
@@ -201,6 +192,23 @@ impl Directory {
         self.disk.sync(&name).map_err(|e| self.failure("sync", &name, &e))?;
         self.next_frame += 1;
         self.tail_bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// Makes a snapshot durable, then removes the one before.
+    fn save_snapshot(&mut self, snapshot: &StoredSnapshot) -> Result<(), StorageFailure> {
+        let mut body = Encoder::default();
+        frame::encode_identity(&mut body, self.identity);
+        snapshot.encode(&mut body);
+        let new = self.snapshot + 1;
+        let name = snapshot_name(new);
+        write_file(&mut *self.disk, &name, &frame::encode(0, new, KIND_SNAPSHOT, &body.0))
+            .map_err(|e| self.failure("write", &name, &e))?;
+        let old = std::mem::replace(&mut self.snapshot, new);
+        if old > 0 {
+            let name = snapshot_name(old);
+            self.disk.remove(&name).map_err(|e| self.failure("remove", &name, &e))?;
+        }
         Ok(())
     }
 
@@ -303,11 +311,12 @@ impl Reader {
     }
 
     fn read(&self, name: &str) -> Result<Vec<u8>, OpenError> {
-        self.disk.read(name).map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => {
+        self.disk.read(name).map_err(|e| {
+            if e.kind() == io::ErrorKind::NotFound {
                 OpenError::damaged(&self.path(name), "the whole file", "it is missing")
+            } else {
+                OpenError::io(format!("cannot read {}", self.path(name)), &e)
             }
-            _ => OpenError::io(format!("cannot read {}", self.path(name)), &e),
         })
     }
 

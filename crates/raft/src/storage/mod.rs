@@ -21,7 +21,7 @@ pub(crate) mod faulty;
 #[cfg(test)]
 mod tests;
 
-use crate::image::{Image, Record, StoredSnapshot};
+use crate::image::{Image, Record};
 use crate::types::Identity;
 use std::io;
 
@@ -52,11 +52,11 @@ pub enum StorageFailure {
 impl StorageFailure {
     pub(crate) fn new(what: impl Into<String>, error: &io::Error) -> Self {
         let what = what.into();
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
-                StorageFailure::Full { what }
-            }
-            _ => StorageFailure::Io { what, error: error.to_string() },
+        let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge];
+        if full.contains(&error.kind()) {
+            StorageFailure::Full { what }
+        } else {
+            StorageFailure::Io { what, error: error.to_string() }
         }
     }
 }
@@ -151,11 +151,8 @@ impl From<StorageFailure> for OpenError {
 
 /// Where records go. Blocking; one caller at a time; unusable after the first error.
 pub(crate) trait Backend: Send + 'static {
-    /// Makes the record durable. `image` is what is there without it.
+    /// Makes the record durable; a snapshot takes the place of the one before. `image` is what is there without it.
     fn write(&mut self, record: &Record, image: &Image) -> Result<(), StorageFailure>;
-
-    /// Makes a snapshot durable, in place of the one before.
-    fn save_snapshot(&mut self, snapshot: &StoredSnapshot, image: &Image) -> Result<(), StorageFailure>;
 
     /// Would it be good to take a snapshot and to purge the log?
     fn pressed(&self, image: &Image) -> bool;
