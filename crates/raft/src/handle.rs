@@ -64,7 +64,8 @@ impl std::fmt::Debug for Handle {
 
 impl Handle {
     /// Starts an instance on its storage: the state machine is put into the state of the snapshot, and the entries
-    /// that are known to be committed are applied. Must be called in a tokio runtime.
+    /// that are known to be committed are applied. It may be behind what it was before until a leader is heard.
+    /// Must be called in a tokio runtime.
     ///
     /// # Errors
     /// See [`StartError`].
@@ -344,10 +345,11 @@ impl Handle {
         self.wait_for(timeout, |m| m.leader.is_some_and(|leader| leader != id)).await.map(drop)
     }
 
-    /// Stops the instance and waits for it. Its storage is free afterwards.
+    /// Stops the instance and waits for it. Its storage can be opened again afterwards.
     pub async fn shutdown(&self) {
         // Its only error is a task that panicked, which the supervisor reports.
         let _ = self.inner.raft.shutdown().await;
+        self.fatal().await;
     }
 
     /// Resolves when the instance has stopped, with the reason.
@@ -433,6 +435,7 @@ async fn supervise(
         Err(Fatal::Stopped) => {}
         Err(e @ (Fatal::StorageError(_) | Fatal::Panicked)) => store.fail(&e.to_string()),
     }
+    store.close().await;
     let why = failed.borrow().clone();
     stop.send_replace(Some(why.map_or(Stop::Shutdown, Stop::Fatal)));
 }

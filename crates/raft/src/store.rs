@@ -24,8 +24,11 @@ const MESSAGE_BYTES: usize = 1 << 20;
 
 /// Storage, image and latch.
 pub(crate) struct Store {
-    backend: Mutex<Box<dyn Backend>>,
+    /// `None` when closed.
+    backend: Mutex<Option<Box<dyn Backend>>>,
     image: RwLock<Image>,
+    /// Apart from the image, which is held while a record is written.
+    committed: Mutex<Option<LogId>>,
     failed: watch::Sender<Option<String>>,
     /// A snapshot would be good.
     pub(crate) pressed: Notify,
@@ -40,7 +43,8 @@ impl Debug for Store {
 impl Store {
     pub(crate) fn new(storage: OpenStorage) -> Arc<Self> {
         Arc::new(Store {
-            backend: Mutex::new(storage.backend),
+            committed: Mutex::new(storage.image.committed),
+            backend: Mutex::new(Some(storage.backend)),
             image: RwLock::new(storage.image),
             failed: watch::Sender::new(None),
             pressed: Notify::new(),
@@ -76,6 +80,7 @@ impl Store {
     fn write_blocking(&self, record: Record) -> Result<(), String> {
         let mut backend = self.backend.lock();
         self.check()?;
+        let backend = backend.as_mut().ok_or("the database is closed")?;
         let pressed = {
             let image = self.image.read();
             if is_older(&record, &image) {
@@ -88,6 +93,13 @@ impl Store {
             self.pressed.notify_one();
         }
         self.image.write().apply(record).map_err(|e| self.latch(e.to_string()))
+    }
+
+    /// Gives the storage back, after a record that is being written.
+    pub(crate) async fn close(self: &Arc<Self>) {
+        let store = self.clone();
+        // It fails only when the runtime ends, and everything with it.
+        let _ = tokio::task::spawn_blocking(move || drop(store.backend.lock().take())).await;
     }
 
     fn latch(&self, why: String) -> String {
@@ -180,12 +192,12 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     /// Kept in memory; it becomes durable with the next entries (see [`Record::Append`]).
     async fn save_committed(&mut self, committed: Option<LogId>) -> Result<(), StorageError> {
         self.0.check().map_err(|e| StorageIOError::write(AnyError::error(e)))?;
-        self.0.image.write().committed = committed;
+        *self.0.committed.lock() = committed;
         Ok(())
     }
 
     async fn read_committed(&mut self) -> Result<Option<LogId>, StorageError> {
-        Ok(self.0.with_image(|image| image.committed))
+        Ok(*self.0.committed.lock())
     }
 
     async fn append<I>(&mut self, entries: I, callback: LogFlushed<TypeConfig>) -> Result<(), StorageError>
@@ -200,7 +212,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
                 command.mark_appended();
             }
         }
-        let committed = self.0.with_image(|image| image.committed);
+        let committed = *self.0.committed.lock();
         match self.0.write(Record::Append { committed, entries }).await {
             Ok(()) => {
                 callback.log_io_completed(Ok(()));

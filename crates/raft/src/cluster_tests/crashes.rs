@@ -31,7 +31,9 @@ async fn client(
     let mut number = first;
     while !stop.load(Ordering::Relaxed) {
         let handles: Vec<_> = net.running.lock().values().cloned().collect();
-        let Some(leader) = handles.into_iter().find(|h| h.metrics().role == Role::Leader) else {
+        // Now and then one that does not lead, to be refused.
+        let anybody = number.is_multiple_of(7);
+        let Some(leader) = handles.into_iter().find(|h| (h.metrics().role == Role::Leader) != anybody) else {
             tokio::time::sleep(Duration::from_millis(20)).await;
             continue;
         };

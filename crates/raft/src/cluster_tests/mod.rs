@@ -130,7 +130,6 @@ impl Cluster {
         }
         let handle = self.net.running.lock().remove(&id).unwrap();
         handle.shutdown().await;
-        handle.fatal().await;
         if let Some(disk) = disk {
             disk.crash(seed);
         }
@@ -272,6 +271,48 @@ async fn a_leader_that_is_not_heard_is_replaced() {
     cluster.propose(b"goes on").await;
     cluster.net.heal();
     cluster.caught_up(old).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_lead_is_handed_over() {
+    let cluster = Cluster::of(3).await;
+    let old = cluster.leader().await;
+    let id = old.identity().voter;
+    let mut changes = old.changes();
+    old.step_down(PATIENCE).await.unwrap();
+    assert!(changes.changed().await);
+    let new = cluster.leader_but(&[id]).await;
+    cluster.propose(b"after").await;
+    // Without this the heartbeats of the old one would be off for good.
+    new.step_down(PATIENCE).await.unwrap();
+    cluster.leader_but(&[new.identity().voter]).await;
+    cluster.propose(b"and after").await;
+    old.shutdown().await;
+    while changes.changed().await {}
+    assert_eq!(old.fatal().await, Stop::Shutdown);
+}
+
+/// Who asks for the lead gets it as soon as the lease of the last leader is over.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_election_can_be_asked_for() {
+    let mut cluster = Cluster::new();
+    for id in 1..=3 {
+        cluster.create(id, Place::Memory(FaultyDisk::default()));
+        cluster.start(id).await;
+        cluster.handle(id).set_electable(id == 1);
+    }
+    cluster.initialize().await;
+    cluster.leader_but(&[2, 3]).await;
+    cluster.crash(1, 0).await;
+    let candidate = cluster.handle(2);
+    let elect = async {
+        while candidate.metrics().role != Role::Leader {
+            candidate.trigger_elect().await.unwrap();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, elect).await.expect("it leads");
+    assert_eq!(cluster.leader().await.identity().voter, 2);
 }
 
 struct Closed;

@@ -206,7 +206,7 @@ fn survives(medium: &Medium, seed: u64, fault: Fault) -> Result<(), TestCaseErro
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(), ..ProptestConfig::default() })]
 
     #[test]
     fn a_directory_survives_a_crash_at_any_call(seed in any::<u64>()) {
@@ -272,6 +272,11 @@ proptest! {
             }
         }
     }
+}
+
+/// CSV_TEST_FULL=1 makes it long.
+fn cases() -> u32 {
+    if std::env::var_os("CSV_TEST_FULL").is_some() { 5000 } else { 150 }
 }
 
 fn filled_disk() -> FaultyDisk {
