@@ -360,6 +360,55 @@ fn a_region_goes_on_for_ever() {
     assert_eq!(medium.open().unwrap().image, image);
 }
 
+/// What is left of a record of several slots must not be taken for the rest of a shorter one that is written there.
+#[test]
+fn a_short_record_in_place_of_a_torn_long_one() {
+    for seed in 0..60 {
+        for medium in [Medium::blocks(), Medium::disk()] {
+            let mut storage = medium.open().unwrap();
+            write(&mut storage, Record::Vote(Vote::new(1, 1))).unwrap();
+            medium.set_fault(1, Fault::Crash);
+            let entries = vec![entry(1, 0, 9000)];
+            write(&mut storage, Record::Append { committed: None, entries }).unwrap_err();
+            drop(storage);
+            medium.crash(seed);
+            let mut storage = medium.open().unwrap();
+            write(&mut storage, Record::Vote(Vote::new(2, 1))).unwrap();
+            let image = storage.image.clone();
+            drop(storage);
+            assert_eq!(medium.open().unwrap().image, image, "seed {seed}");
+        }
+    }
+}
+
+/// The same for what a crash left of an area that was not taken into use.
+#[test]
+fn an_area_is_written_again_after_a_crash() {
+    for seed in 0..60 {
+        let medium = Medium::blocks();
+        let mut storage = medium.open().unwrap();
+        write(&mut storage, Record::Vote(Vote::new(1, 1))).unwrap();
+        write(&mut storage, Record::Append { committed: None, entries: vec![entry(1, 0, 30_000)] }).unwrap();
+        let snapshot = |len| {
+            let meta = SnapshotMeta { last_log_id: Some(entry(1, 0, 0).log_id), ..SnapshotMeta::default() };
+            Record::Snapshot(StoredSnapshot { meta, data: Arc::new(vec![5; len]) })
+        };
+        medium.set_fault(2 + seed % 3, Fault::Crash);
+        write(&mut storage, snapshot(40_000)).unwrap_err();
+        drop(storage);
+        medium.crash(seed);
+        let mut storage = medium.open().unwrap();
+        write(&mut storage, Record::Purge { upto: entry(1, 0, 0).log_id }).unwrap();
+        write(&mut storage, snapshot(10)).unwrap();
+        for term in 2..5 {
+            write(&mut storage, Record::Vote(Vote::new(term, 1))).unwrap();
+        }
+        let image = storage.image.clone();
+        drop(storage);
+        assert_eq!(medium.open().unwrap().image, image, "seed {seed}");
+    }
+}
+
 #[test]
 fn a_full_region_says_so_and_keeps_what_it_has() {
     let medium = Medium::blocks();
