@@ -251,12 +251,20 @@ async fn a_leader_that_is_cut_off_knows_it() {
     let unknown = old.propose(b"nowhere", Duration::from_millis(300)).await.unwrap_err();
     assert!(matches!(unknown, ProposeError::Unknown(_)), "{unknown}");
     assert!(old.linearizable_read(ATTEMPT).await.is_err());
+    let in_its_log = tokio::spawn({
+        let old = old.clone();
+        async move { old.propose(b"nowhere either", PATIENCE).await }
+    });
+    old.wait_for(PATIENCE, |m| m.last_log >= Some(3)).await.unwrap();
     cluster.leader_but(&[id]).await;
     cluster.propose(b"majority").await;
     cluster.net.heal();
     old.wait_for(PATIENCE, |m| m.role == Role::Follower && m.has_quorum()).await.unwrap();
     cluster.caught_up(id).await;
     assert_eq!(cluster.machines[&id].list(), [b"majority"]);
+    // Another leader took it out of this log, but a third one could still have had it.
+    let lost = in_its_log.await.unwrap().unwrap_err();
+    assert!(matches!(&lost, ProposeError::Unknown(why) if why.contains("lead")), "{lost}");
 }
 
 /// The others do not hear the leader, but it hears them.
