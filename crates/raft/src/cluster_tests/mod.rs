@@ -251,11 +251,12 @@ async fn a_leader_that_is_cut_off_knows_it() {
     let unknown = old.propose(b"nowhere", Duration::from_millis(300)).await.unwrap_err();
     assert!(matches!(unknown, ProposeError::Unknown(_)), "{unknown}");
     assert!(old.linearizable_read(ATTEMPT).await.is_err());
+    let before = old.metrics().last_log;
     let in_its_log = tokio::spawn({
         let old = old.clone();
         async move { old.propose(b"nowhere either", PATIENCE).await }
     });
-    old.wait_for(PATIENCE, |m| m.last_log >= Some(3)).await.unwrap();
+    old.wait_for(PATIENCE, |m| m.last_log > before).await.unwrap();
     cluster.leader_but(&[id]).await;
     cluster.propose(b"majority").await;
     cluster.net.heal();
