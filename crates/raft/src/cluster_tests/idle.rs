@@ -44,3 +44,28 @@ async fn three_idle_voters_cost_little() {
     );
     assert!(percent / 3.0 < 1.0);
 }
+
+/// From the crash of the leader to the first command that the next one confirms. Run by hand like the above.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn time_to_the_next_leader() {
+    let mut times_ms = Vec::new();
+    for seed in 0..12 {
+        let mut cluster = Cluster::new();
+        cluster.timing = Timing::default();
+        for id in 1..=3 {
+            cluster.create(id, Place::Memory(FaultyDisk::default()));
+            cluster.start(id).await;
+        }
+        cluster.initialize().await;
+        cluster.propose(b"before").await;
+        let leader = cluster.leader().await.identity().voter;
+        tokio::time::sleep(Duration::from_millis(1000 + seed * 25)).await;
+        let crash = Instant::now();
+        cluster.crash(leader, seed).await;
+        cluster.propose(b"after").await;
+        times_ms.push(crash.elapsed().as_millis());
+    }
+    times_ms.sort_unstable();
+    println!("crash to next confirmed command, default timing, ms: {times_ms:?}");
+}

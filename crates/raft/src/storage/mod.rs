@@ -7,7 +7,7 @@
 //! * That torn last record is cut with a warning. Anything else that is not as it was written is refused at open:
 //!   a voter that forgot a vote or an entry could help to elect a leader that lacks a committed entry.
 //! * A storage never starts empty by itself: it is created for one voter of one cluster, and opened by that.
-//! * After a failed write or sync nothing is written any more ([`crate::store`] latches it): what the kernel kept
+//! * After a failed write or sync nothing is written any more (a latch sees to it): what the kernel kept
 //!   of the failed write is not known.
 
 pub mod blocks;
