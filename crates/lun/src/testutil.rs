@@ -12,6 +12,27 @@ pub(crate) fn lun_file(len: u64) -> NamedTempFile {
     file
 }
 
+/// The reservation registry that a test makes beside a LUN's file; deleted when dropped.
+pub(crate) struct RegistryFile(PathBuf);
+
+impl RegistryFile {
+    pub(crate) fn of(backing: &Path) -> RegistryFile {
+        let mut name = backing.as_os_str().to_owned();
+        name.push(".pr");
+        RegistryFile(name.into())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for RegistryFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// A loop device on a file of its own; detached when dropped, also by a panic.
 pub(crate) struct LoopDevice {
     path: PathBuf,
@@ -51,6 +72,12 @@ impl LoopDevice {
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Detached and attached anew, as after a power cut; perhaps under another number.
+    pub(crate) fn reattach(&self) -> LoopDevice {
+        run("losetup", &["--detach"], &self.path);
+        self.second()
     }
 
     pub(crate) fn backing(&self) -> &Path {
