@@ -333,12 +333,18 @@ mod tests {
     }
 
     fn finish(ring: &mut Ring) -> RingIo {
+        let [one] = finish_all(ring);
+        one
+    }
+
+    /// What is in flight, in the order in which it ends.
+    fn finish_all<const COUNT: usize>(ring: &mut Ring) -> [RingIo; COUNT] {
         let mut out = VecDeque::new();
-        while out.is_empty() {
+        while out.len() < COUNT {
             ring.wait().unwrap();
             ring.completions(&mut out).unwrap();
         }
-        out.pop_front().unwrap()
+        Vec::from(out).try_into().unwrap()
     }
 
     #[test]
@@ -353,8 +359,7 @@ mod tests {
         assert_eq!(ring.slots.iter().flatten().map(|slot| slot.pieces_left).collect::<Vec<_>>(), [4]);
         // Beside another one it is not cut.
         ring.read(2, AlignedBuf::new(1 << 20), 1 << 20, LunOffset(2 << 20)).unwrap();
-        let first = finish(&mut ring);
-        let second = finish(&mut ring);
+        let [first, second] = finish_all(&mut ring);
         assert_eq!(first.token + second.token, 3);
         first.result.unwrap();
         second.result.unwrap();

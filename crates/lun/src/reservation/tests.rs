@@ -248,6 +248,7 @@ fn a_file_system_on_the_victim_writes_no_more() {
         let mut file = fs::File::create(mounted.point().join("kept")).unwrap();
         file.write_all(&[1; 1 << 20]).unwrap();
         file.sync_all().unwrap();
+        drop(file);
         // Dirty in memory when the fence comes.
         let mut file = fs::File::create(mounted.point().join("dirty")).unwrap();
         file.write_all(&[2; 8 << 20]).unwrap();

@@ -246,14 +246,15 @@ mod tests {
         assert_eq!(device_now.window(), window, "access is back");
         // A nexus that is gone is forgotten.
         drop(device_now);
-        drop(device);
+        let again = device.reattach();
+        std::mem::forget(device);
         store
             .change(PrOp::Clear, |registry| {
                 registry.generation += 1;
-                registry.settled = false;
                 Ok(())
             })
             .unwrap();
         assert_eq!(store.read(PrOp::ReadKeys).unwrap().known, []);
+        drop(again);
     }
 }
