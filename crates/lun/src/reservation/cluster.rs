@@ -130,7 +130,11 @@ impl Reservations {
             Err(error) if error.is_unsupported() => return self.fence_blindly(own_key, victim_keys),
             Err(error) => return Err(error),
         }
-        self.keep_reserved(own_key)?;
+        // A reservation of another type that a victim holds is taken over with its registration.
+        let taken_over = |held: Holder| !serves(held.kind) && victim_keys.contains(&held.key);
+        if !self.read_reservation()?.is_some_and(taken_over) {
+            self.keep_reserved(own_key)?;
+        }
         let mut victims: Vec<VictimReport> = Vec::new();
         for key in victim_keys {
             if victims.iter().all(|known| known.key != *key) {

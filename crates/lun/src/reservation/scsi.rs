@@ -275,6 +275,8 @@ impl Backend for Scsi {
             Some(error @ ReservationError::Rejected { .. }) if registered > 0 => {
                 tracing::warn!(%error, registered, "a path was not registered");
             }
+            // A path that was down while its node registered has nothing to take back.
+            Some(ReservationError::Conflict { .. }) if registered > 0 && new == 0 => {}
             Some(ReservationError::Conflict { .. }) if registered > 0 => {
                 return Err(self.errors.unknown(op, "some paths have another key than others"));
             }

@@ -335,9 +335,13 @@ fn another_type_of_reservation_is_not_taken_over() {
     pair.nodes[1].reserve(KEYS[1], ReservationType::WriteExclusive).unwrap();
     let error = pair.nodes[0].ensure_reserved(KEYS[0]).unwrap_err();
     assert!(error.to_string().contains("0xb2"), "{error}");
-    let error = pair.nodes[0].fence(KEYS[0], &[KEYS[1]]).unwrap_err();
+    let error = pair.nodes[0].fence(KEYS[0], &[0x77]).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Rejected);
+    // One's own is changed, and a victim's goes with the victim.
     assert_eq!(pair.nodes[1].ensure_reserved(KEYS[1]).unwrap(), Holder { key: KEYS[1], kind: WERO });
+    pair.nodes[1].release(KEYS[1], WERO).unwrap();
+    pair.nodes[1].reserve(KEYS[1], ReservationType::WriteExclusive).unwrap();
+    assert_eq!(pair.fence_second().holder, Some(Holder { key: KEYS[0], kind: WERO }));
 }
 
 #[test]

@@ -10,8 +10,9 @@ const HEAD: &str = "csvfs-reservations 1";
 pub(crate) const BYTES_MAX: u64 = 256 * REGISTRATIONS_MAX as u64;
 
 pub(crate) fn encode(registry: &Registry) -> String {
-    let mut text =
-        format!("{HEAD}\ngeneration {}\nsettled {}\n", registry.generation, u8::from(registry.settled));
+    let Registry { generation, bytes, .. } = registry;
+    let settled = u8::from(registry.settled);
+    let mut text = format!("{HEAD}\ngeneration {generation}\nbytes {bytes}\nsettled {settled}\n");
     for one in &registry.known {
         let _ = writeln!(text, "known {} {} {}", nexus_text(one.nexus), one.offset, one.size_limit);
     }
@@ -50,6 +51,7 @@ pub(crate) fn decode(text: &str) -> Option<Registry> {
         let mut words = line.split_whitespace();
         match words.next()? {
             "generation" => registry.generation = number(&mut words)?,
+            "bytes" => registry.bytes = number(&mut words)?,
             "settled" => registry.settled = number::<u8>(&mut words)? == 1,
             "known" => registry.known.push(Window {
                 nexus: nexus(&mut words)?,
@@ -105,6 +107,7 @@ mod tests {
             ],
             reservation: Some((nexus, ReservationType::default())),
             known: vec![Window { nexus, offset: 0, size_limit: 4096 }],
+            bytes: 1 << 30,
             settled: true,
         }
     }

@@ -1,10 +1,13 @@
 //! Loop devices as the paths of a file LUN: which file is behind one, and taking one's access away and giving it back.
 //!
 //! Access is taken in two steps (docs/decisions/008). First the device is cut to one sector, so that the block layer
-//! refuses new I/O at its door. Requests that had passed the door wait while the kernel changes that, and run after it:
-//! so the second step moves the device's window past any possible end of the file. The kernel waits for all that is
-//! under way before it moves the window; what comes after is sent to a place where no file can be and fails. When the second
-//! step returns, no write of that device can reach the file any more.
+//! refuses new I/O at its door. The kernel makes that change while the device stands still; requests that had passed the
+//! door by then wait, and run after it. So the second step moves the device's window past any possible end of the
+//! file. The kernel waits for all that is under way before it moves the window; a request that comes to the device after that is
+//! sent to a place where no data can be. When the second step returns, no write of that device can reach data any more.
+//!
+//! ext4 refuses a write at that place. XFS takes it and makes the file as large; [`mend`] cuts it back. The pause
+//! between the steps is there so that this does not happen: it is for the requests that wait, and nothing depends on it.
 
 use super::registry::{Nexus, Window};
 use crate::sys::raw::{LoopInfo, loop_info, set_loop_info};
@@ -12,14 +15,16 @@ use rustix::fs::{Mode, OFlags};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Where the window of a device without access begins: past the largest file of ext4, and so far out that a sum with
 /// any position on a LUN cannot overflow.
-const NOWHERE: u64 = 1 << 62;
+pub(crate) const NOWHERE: u64 = 1 << 62;
 /// Bytes that a device shows between the two steps.
 const CUT_BYTES: u64 = 512;
+/// Time for the requests that had passed the door.
+const CUT_PAUSE: Duration = Duration::from_millis(20);
 /// Kernels before 5.17 ask to try again when pages were dirtied meanwhile.
 const TRIES_MAX: u32 = 100;
 const TRY_PAUSE: Duration = Duration::from_millis(20);
@@ -71,6 +76,14 @@ pub(crate) fn is_gone(one: Nexus) -> bool {
     }
 }
 
+/// Cuts the file back to `bytes` when a request of a device without access has made it larger.
+pub(crate) fn mend(backing: &Path, bytes: u64) -> io::Result<()> {
+    if bytes == 0 || fs::metadata(backing)?.len() < NOWHERE {
+        return Ok(());
+    }
+    fs::OpenOptions::new().write(true).open(backing)?.set_len(bytes)
+}
+
 impl Attached {
     /// Has its access been taken away?
     pub(crate) fn is_cut_off(&self) -> bool {
@@ -96,6 +109,7 @@ impl Attached {
         }
         let offset = self.info.offset;
         self.set(offset, CUT_BYTES)?;
+        std::thread::sleep(CUT_PAUSE);
         self.set(NOWHERE, CUT_BYTES)
     }
 

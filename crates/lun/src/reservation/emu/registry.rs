@@ -62,6 +62,8 @@ pub(crate) struct Registry {
     /// Holder and type. With an all-registrants type the nexus is whoever reserved.
     pub(crate) reservation: Option<(Nexus, ReservationType)>,
     pub(crate) known: Vec<Window>,
+    /// Size of the file; 0 when it has not been noted yet.
+    pub(crate) bytes: u64,
     /// Do the loop devices obey this state already? False while a change is being carried out, or after whoever
     /// carried it out died.
     pub(crate) settled: bool,

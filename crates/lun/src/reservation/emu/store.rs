@@ -54,7 +54,9 @@ impl Store {
     pub(crate) fn read(&self, op: PrOp) -> Result<Registry, ReservationError> {
         let file = match fs::File::open(&self.registry) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Registry::default()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Registry { settled: true, ..Registry::default() });
+            }
             Err(error) => return Err(self.rejected(op, "read", &error)),
         };
         let mut text = String::new();
@@ -119,6 +121,16 @@ impl Store {
         })
     }
 
+    /// Mends the file if need be, and notes its size for the next time.
+    fn note_size(&self, registry: &mut Registry) -> io::Result<()> {
+        loopdev::mend(&self.backing, registry.bytes)?;
+        let bytes = fs::metadata(&self.backing)?.len();
+        if bytes < loopdev::NOWHERE {
+            registry.bytes = bytes;
+        }
+        Ok(())
+    }
+
     /// Carries out under the lock what an earlier change may have left undone, and reads the registry.
     pub(crate) fn settled(&self, op: PrOp) -> Result<Registry, ReservationError> {
         self.change(op, |registry| Ok(registry.clone()))
@@ -135,18 +147,24 @@ impl Store {
     ) -> Result<T, ReservationError> {
         let _lock = self.lock(op)?;
         let mut registry = self.read(op)?;
-        if !registry.settled {
-            settle(&mut registry).map_err(|why| self.errors.unknown(op, why))?;
+        let unknown = |why| self.errors.unknown(op, why);
+        let was_settled = registry.settled;
+        if !was_settled {
+            settle(&mut registry).map_err(unknown)?;
         }
+        self.note_size(&mut registry).map_err(|error| self.rejected(op, "mend", &error))?;
         let before = registry.clone();
         let value = change(&mut registry)?;
         if registry == before {
+            if !was_settled {
+                self.write(&registry).map_err(|error| self.rejected(op, "write", &error))?;
+            }
             return Ok(value);
         }
         registry.settled = false;
         self.write(&registry).map_err(|error| self.rejected(op, "write", &error))?;
-        let unknown = |why| self.errors.unknown(op, why);
         settle(&mut registry).map_err(unknown)?;
+        loopdev::mend(&self.backing, registry.bytes).map_err(|error| unknown(error.to_string()))?;
         self.write(&registry).map_err(|error| unknown(error.to_string()))?;
         Ok(value)
     }
@@ -196,11 +214,33 @@ mod tests {
         let file = lun_file(1 << 20);
         let registry = RegistryFile::of(file.path());
         let store = store(file.path());
-        assert_eq!(store.read(PrOp::ReadKeys), Ok(Registry::default()));
+        assert_eq!(store.read(PrOp::ReadKeys).unwrap().keys().keys, []);
         fs::write(registry.path(), "csvfs-reservations 1\ngeneration 5\n").unwrap();
         let error = store.settled(PrOp::ReadKeys).unwrap_err();
         assert!(matches!(error, ReservationError::Fatal { .. }), "{error}");
         assert!(error.to_string().contains(registry.path().to_str().unwrap()), "{error}");
+    }
+
+    /// As after a request that came to a device without access on a file system that takes any offset.
+    #[test]
+    fn a_file_that_a_stray_request_made_huge_is_cut_back() {
+        let Ok(file) = tempfile::NamedTempFile::new_in("/dev/shm") else { return };
+        let _registry = RegistryFile::of(file.path());
+        file.as_file().set_len(1 << 20).unwrap();
+        let store = store(file.path());
+        let count_up = |registry: &mut Registry| {
+            registry.generation += 1;
+            Ok(())
+        };
+        store.change(PrOp::Clear, count_up).unwrap();
+        if file.as_file().set_len(loopdev::NOWHERE + 4096).is_err() {
+            return;
+        }
+        store.settled(PrOp::Fence).unwrap();
+        assert_eq!(file.as_file().metadata().unwrap().len(), 1 << 20);
+        file.as_file().set_len(2 << 20).unwrap();
+        store.change(PrOp::Clear, count_up).unwrap();
+        assert_eq!(store.read(PrOp::ReadKeys).unwrap().bytes, 2 << 20);
     }
 
     #[test]
@@ -230,6 +270,7 @@ mod tests {
             registrations: vec![Registration { nexus: ours, key: 1 }],
             reservation: Some((ours, ReservationType::default())),
             known: vec![window],
+            bytes: 0,
             settled: false,
         };
         store.write(&left).unwrap();
