@@ -16,6 +16,8 @@ use super::types::{
     Capabilities, FullStatus, Holder, Keys, Kind, PreemptOutcome, RegisterOutcome, ReservationType,
 };
 use crate::sys::raw::{SgData, SgReply, scsi_command};
+use std::fmt;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -49,8 +51,11 @@ enum Answer {
 
 fn classify(reply: &SgReply) -> Answer {
     const DID_NO_CONNECT: u16 = 1;
+    // Set for a reservation conflict by kernels before 5.19.
+    const DID_NEXUS_FAILURE: u16 = 0x11;
     match reply.host_status {
         0 => {}
+        DID_NEXUS_FAILURE if reply.status & 0x3e == 0x18 => {}
         DID_NO_CONNECT => return Answer::Refused("the path is down; check cables and sessions".into()),
         host => {
             return Answer::Unknown(format!("the path failed or the command timed out (host status {host})"));
@@ -83,18 +88,29 @@ fn classify_sense(sense: Sense) -> Answer {
     }
 }
 
+/// What takes a command to the device.
+pub(crate) trait Transport: fmt::Debug + Send + Sync {
+    fn send(&self, cdb: &[u8], data: SgData<'_>) -> io::Result<SgReply>;
+}
+
+impl Transport for OwnedFd {
+    fn send(&self, cdb: &[u8], data: SgData<'_>) -> io::Result<SgReply> {
+        scsi_command(self.as_fd(), cdb, data, TIMEOUT_MS)
+    }
+}
+
 /// One LUN by all of its paths.
 #[derive(Debug)]
-pub(crate) struct Scsi {
-    paths: Vec<OwnedFd>,
+pub(crate) struct Scsi<P: Transport = OwnedFd> {
+    paths: Vec<P>,
     errors: Errors,
     /// The device has refused APTPL before.
     no_aptpl: AtomicBool,
 }
 
-impl Scsi {
+impl<P: Transport> Scsi<P> {
     /// `paths` is not empty.
-    pub(crate) fn new(paths: Vec<OwnedFd>, errors: Errors) -> Scsi {
+    pub(crate) fn new(paths: Vec<P>, errors: Errors) -> Self {
         Scsi { paths, errors, no_aptpl: AtomicBool::new(false) }
     }
 
@@ -102,7 +118,7 @@ impl Scsi {
     fn command(
         &self,
         op: PrOp,
-        path: &OwnedFd,
+        path: &P,
         cdb: &[u8],
         mut data: SgData<'_>,
     ) -> Result<usize, ReservationError> {
@@ -112,7 +128,7 @@ impl Scsi {
                 SgData::ToDevice(bytes) => SgData::ToDevice(bytes),
                 SgData::FromDevice(bytes) => SgData::FromDevice(bytes),
             };
-            let reply = scsi_command(path.as_fd(), cdb, again, TIMEOUT_MS).map_err(|error| {
+            let reply = path.send(cdb, again).map_err(|error| {
                 let why = format!("{error}; SCSI commands need a SCSI device and root");
                 self.errors.rejected(op, why)
             })?;
@@ -141,7 +157,7 @@ impl Scsi {
     /// On the first path that is not down.
     fn first_path<T>(
         &self,
-        mut run: impl FnMut(&OwnedFd) -> Result<T, ReservationError>,
+        mut run: impl FnMut(&P) -> Result<T, ReservationError>,
     ) -> Result<T, ReservationError> {
         let mut last = None;
         for path in &self.paths {
@@ -194,7 +210,7 @@ impl Scsi {
     fn register_path(
         &self,
         op: PrOp,
-        path: &OwnedFd,
+        path: &P,
         action: OutAction,
         old: u64,
         new: u64,
@@ -219,7 +235,7 @@ impl Scsi {
     }
 }
 
-impl Backend for Scsi {
+impl<P: Transport> Backend for Scsi<P> {
     fn kind(&self) -> Kind {
         Kind::Scsi
     }
@@ -333,33 +349,4 @@ impl Backend for Scsi {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn reply(status: u8, host_status: u16, sense: &[u8]) -> SgReply {
-        SgReply { status, host_status, sense: sense.to_vec(), transferred: 0 }
-    }
-
-    #[test]
-    fn answers_are_sorted_by_what_a_caller_may_do() {
-        let fixed =
-            |key, code, qualifier| [0x70, 0, key, 0, 0, 0, 0, 10, 0, 0, 0, 0, code, qualifier, 0, 0, 0, 0];
-        assert_eq!(classify(&reply(0, 0, &[])), Answer::Good);
-        assert_eq!(classify(&reply(0x18, 0, &[])), Answer::Conflict);
-        assert_eq!(classify(&reply(8, 0, &[])), Answer::Busy);
-        for (code, qualifier) in [(0x29, 0), (0x2a, 3), (0x2a, 5), (0x3f, 0x0e)] {
-            assert!(matches!(classify(&reply(2, 0, &fixed(6, code, qualifier))), Answer::Again(_)));
-        }
-        // tgtd on APTPL, LIO on APTPL, tgtd on PREEMPT AND ABORT.
-        for (code, qualifier) in [(0x24, 0), (0x26, 0), (0x20, 0)] {
-            assert!(matches!(classify(&reply(2, 0, &fixed(5, code, qualifier))), Answer::Unsupported(_)));
-        }
-        assert!(matches!(classify(&reply(2, 0, &fixed(5, 0x26, 4))), Answer::Refused(_)));
-        assert!(matches!(classify(&reply(2, 0, &fixed(5, 0x55, 4))), Answer::Refused(_)));
-        assert!(matches!(classify(&reply(2, 0, &fixed(0xb, 0, 0))), Answer::Unknown(_)));
-        assert!(matches!(classify(&reply(2, 0, &[])), Answer::Unknown(_)));
-        // DID_NO_CONNECT was never sent, DID_TIME_OUT may have been done.
-        assert!(matches!(classify(&reply(0, 1, &[])), Answer::Refused(_)));
-        assert!(matches!(classify(&reply(0, 3, &[])), Answer::Unknown(_)));
-    }
-}
+mod tests;
