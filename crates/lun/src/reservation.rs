@@ -180,7 +180,7 @@ impl Reservations {
     /// READ KEYS.
     ///
     /// # Errors
-    /// `Unsupported` for other block devices before Linux 7.0.
+    /// `Unsupported` for other block devices before Linux 6.19.
     pub fn read_keys(&self) -> Result<Keys, ReservationError> {
         self.backend.read_keys()
     }

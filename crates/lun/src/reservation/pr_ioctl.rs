@@ -2,7 +2,7 @@
 //! mapper, virtio-blk). Source: Documentation/block/pr.rst, linux/pr.h.
 //!
 //! The kernel always asks a SCSI device for APTPL, so registering fails where the storage refuses that. Reading keys
-//! needs Linux 7.0; without it `Unsupported`, and a fence cannot be read back.
+//! needs Linux 6.19; without it `Unsupported`, and a fence cannot be read back.
 
 use super::Backend;
 use super::error::{Errors, PrOp, ReservationError};

@@ -248,7 +248,7 @@ pub(crate) fn pr_request(device: BorrowedFd<'_>, request: PrRequest) -> io::Resu
     }
 }
 
-/// Generation and keys (Linux 7.0). The second is `None` when there are more keys than `max`.
+/// Generation and keys (Linux 6.19). The second is `None` when there are more keys than `max`.
 ///
 /// # Errors
 /// The errno: `ENOTTY` on older kernels.
@@ -272,7 +272,7 @@ pub(crate) fn pr_read_keys(device: BorrowedFd<'_>, max: u32) -> io::Result<(i32,
     Ok((status, arg.generation, Some(keys)))
 }
 
-/// Key and type (in the numbers of linux/pr.h, 0 for none) of the reservation (Linux 7.0).
+/// Key and type (in the numbers of linux/pr.h, 0 for none) of the reservation (Linux 6.19).
 ///
 /// # Errors
 /// The errno: `ENOTTY` on older kernels.

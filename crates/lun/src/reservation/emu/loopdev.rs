@@ -25,7 +25,7 @@ pub(crate) const NOWHERE: u64 = 1 << 62;
 const CUT_BYTES: u64 = 512;
 /// Time for the requests that had passed the door.
 const CUT_PAUSE: Duration = Duration::from_millis(20);
-/// Kernels before 5.17 ask to try again when pages were dirtied meanwhile.
+/// Older kernels ask to try again when pages were dirtied meanwhile.
 const TRIES_MAX: u32 = 100;
 const TRY_PAUSE: Duration = Duration::from_millis(20);
 
