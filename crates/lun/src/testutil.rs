@@ -37,6 +37,7 @@ impl Drop for RegistryFile {
 pub(crate) struct LoopDevice {
     path: PathBuf,
     backing: Arc<NamedTempFile>,
+    attached: bool,
 }
 
 impl LoopDevice {
@@ -67,7 +68,7 @@ impl LoopDevice {
             .unwrap();
         assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
         let path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        LoopDevice { path, backing }
+        LoopDevice { path, backing, attached: true }
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -75,8 +76,9 @@ impl LoopDevice {
     }
 
     /// Detached and attached anew, as after a power cut; perhaps under another number.
-    pub(crate) fn reattach(&self) -> LoopDevice {
+    pub(crate) fn reattach(mut self) -> LoopDevice {
         run("losetup", &["--detach"], &self.path);
+        self.attached = false;
         self.second()
     }
 
@@ -87,6 +89,9 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        if !self.attached {
+            return;
+        }
         let status = Command::new("losetup").arg("--detach").arg(&self.path).status();
         if !status.is_ok_and(|status| status.success()) && !std::thread::panicking() {
             panic!("losetup could not detach {}", self.path.display());

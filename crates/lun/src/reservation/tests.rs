@@ -305,7 +305,6 @@ fn a_path_that_was_attached_anew_must_register_again() {
     let Some(Pair { devices, nodes, registry }) = Pair::new(1 << 20) else { return };
     let [_first, second] = devices;
     let again = second.reattach();
-    std::mem::forget(second);
     let node = Reservations::open(again.path()).unwrap();
     assert_eq!(node.verify(KEYS[1]), Ok(false));
     assert_eq!(node.check_fenced(KEYS[1]), Ok(FencedState::Registered), "its old registration stands");

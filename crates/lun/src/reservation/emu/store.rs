@@ -288,7 +288,6 @@ mod tests {
         // A nexus that is gone is forgotten.
         drop(device_now);
         let again = device.reattach();
-        std::mem::forget(device);
         store
             .change(PrOp::Clear, |registry| {
                 registry.generation += 1;
