@@ -9,6 +9,7 @@ use crate::buf::AlignedBuf;
 use crate::error::{IoOp, LunError};
 use crate::fault::{FaultState, Faulty};
 use crate::geometry::{Geometry, GeometryError, read_geometry};
+use crate::reservation::emu::view::View;
 use crate::sys;
 use csv_types::LunOffset;
 use csv_types::admin::PathFault;
@@ -17,6 +18,7 @@ use rustix::io::Errno;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// How to open a LUN.
@@ -43,13 +45,18 @@ pub struct Lun {
     options: LunOptions,
     geometry: Geometry,
     faults: FaultState,
+    /// The reservation emulation, where the LUN has one.
+    emulation: Option<View>,
+    /// This node's reservation key; 0 for none.
+    reservation_key: AtomicU64,
 }
 
 impl Lun {
     /// Opens a block device or a regular file.
     ///
     /// # Errors
-    /// `PathFailed` with the errno of the open, `ReadOnly`, or `Unsuitable`.
+    /// `PathFailed` with the errno of the open, `ReadOnly`, `Unsuitable`, or `Fenced` when this is the lab's file LUN and
+    /// the node has to register first.
     pub fn open(path: &Path, options: LunOptions) -> Result<Lun, LunError> {
         let path: Arc<Path> = path.into();
         let mut flags = OFlags::CLOEXEC;
@@ -67,7 +74,30 @@ impl Lun {
             _ => device_error(&path, IoOp::Open, 0, errno),
         })?;
         let geometry = read_geometry(fd.as_fd()).map_err(|error| geometry_error(&path, error))?;
-        Ok(Lun { fd, path, options, geometry, faults: FaultState::new() })
+        let emulation = View::of(&path);
+        if geometry.capacity_bytes == 0 && emulation.as_ref().is_some_and(|view| view.is_fenced(None)) {
+            return Err(LunError::Fenced { op: IoOp::Open, path });
+        }
+        let faults = FaultState::new();
+        let reservation_key = AtomicU64::new(0);
+        Ok(Lun { fd, path, options, geometry, faults, emulation, reservation_key })
+    }
+
+    /// Tells the LUN which reservation key this node has registered, `None` (or 0) when none. Only the lab's file LUN
+    /// needs it, to tell a conflict from a failed path; real storage says so itself.
+    pub fn set_reservation_key(&self, key: Option<u64>) {
+        self.reservation_key.store(key.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn reservation_key(&self) -> Option<u64> {
+        Some(self.reservation_key.load(Ordering::Relaxed)).filter(|key| *key != 0)
+    }
+
+    /// Does this error say that a reservation of others keeps this node out, as opposed to a failed path? Then all I/O has to
+    /// stop; no other path may be tried.
+    #[must_use]
+    pub fn is_conflict(error: &LunError) -> bool {
+        error.is_fenced()
     }
 
     /// Bytes of the smallest I/O.
@@ -109,10 +139,13 @@ impl Lun {
     /// Asks the device for its size again: the size now.
     ///
     /// # Errors
-    /// `Shrunk` when it is smaller than at open; whoever holds the volume must stop using it.
+    /// `Shrunk` when it is smaller than at open, whoever holds the volume must stop using it; `Fenced`.
     pub fn check_capacity(&self) -> Result<u64, LunError> {
         let now = read_geometry(self.fd.as_fd()).map_err(|error| geometry_error(&self.path, error))?;
         if now.capacity_bytes < self.geometry.capacity_bytes {
+            if self.is_fenced_by_emulation() {
+                return Err(LunError::Fenced { op: IoOp::Check, path: Arc::clone(&self.path) });
+            }
             return Err(LunError::Shrunk {
                 path: Arc::clone(&self.path),
                 was_bytes: self.geometry.capacity_bytes,
@@ -125,7 +158,8 @@ impl Lun {
     /// May this I/O be sent at all? Every way to the device asks first.
     ///
     /// # Errors
-    /// `Misaligned`, `OutOfBounds` or `ReadOnly`.
+    /// `Misaligned`, `OutOfBounds` or `ReadOnly`; `Fenced` for a write to a plain file (block devices see to that
+    /// themselves).
     pub fn check_range(&self, op: IoOp, len: usize, at: LunOffset) -> Result<(), LunError> {
         let align_bytes = u64::from(self.geometry.logical_block_bytes);
         let len = u64::try_from(len).unwrap_or(u64::MAX);
@@ -140,6 +174,11 @@ impl Lun {
         }
         if op == IoOp::Write && self.is_read_only() {
             return Err(LunError::ReadOnly { path: Arc::clone(&self.path) });
+        }
+        if op == IoOp::Write
+            && self.emulation.as_ref().is_some_and(|view| !view.may_write(self.reservation_key()))
+        {
+            return Err(LunError::Fenced { op, path: Arc::clone(&self.path) });
         }
         Ok(())
     }
@@ -226,9 +265,19 @@ impl Lun {
         Ok(())
     }
 
-    /// The error for an errno that the device gave: `EBADE` is a reservation conflict.
+    fn is_fenced_by_emulation(&self) -> bool {
+        self.emulation.as_ref().is_some_and(|view| view.is_fenced(self.reservation_key()))
+    }
+
+    /// The error for an errno that the device gave: `EBADE` is a reservation conflict. The lab's file LUN can only fail
+    /// an I/O as a broken path would; there the registry tells which of both it was.
     #[must_use]
     pub fn io_error(&self, op: IoOp, at: LunOffset, errno: Errno) -> LunError {
+        if matches!(errno, Errno::IO | Errno::PERM | Errno::NOSPC | Errno::FBIG)
+            && self.is_fenced_by_emulation()
+        {
+            return LunError::Fenced { op, path: Arc::clone(&self.path) };
+        }
         device_error(&self.path, op, at.0, errno)
     }
 

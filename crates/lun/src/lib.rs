@@ -4,6 +4,7 @@
 //! * [`AlignedBuf`], [`BufPool`]: memory that direct I/O accepts;
 //! * [`label`], [`mod@probe`], [`in_use`]: what is on it and who uses it;
 //! * [`mod@format`]: making a volume;
+//! * [`reservation`]: persistent reservations and fencing, on real storage and on the lab's file LUN;
 //! * [`sys`]: file handles, FIEMAP, shutdown, page-cache counts; raw system calls behind safe functions.
 //!
 //! Invariants: nothing here reads or writes a partial block, nothing reaches behind the capacity that the LUN
@@ -19,6 +20,7 @@ mod geometry;
 pub mod in_use;
 pub mod label;
 pub mod probe;
+pub mod reservation;
 mod ring;
 pub mod sys;
 #[cfg(test)]

@@ -333,20 +333,18 @@ mod tests {
     }
 
     fn finish(ring: &mut Ring) -> RingIo {
-        let mut ended = finish_all(ring, 1);
-        assert_eq!(ended.len(), 1);
-        ended.remove(0)
+        let [one] = finish_all(ring);
+        one
     }
 
-    /// So many I/Os or more: several may end at one time.
-    fn finish_all(ring: &mut Ring, count: usize) -> Vec<RingIo> {
+    /// What is in flight, in the order in which it ends.
+    fn finish_all<const COUNT: usize>(ring: &mut Ring) -> [RingIo; COUNT] {
         let mut out = VecDeque::new();
-        while out.len() < count {
-            assert!(ring.in_flight() > 0);
+        while out.len() < COUNT {
             ring.wait().unwrap();
             ring.completions(&mut out).unwrap();
         }
-        out.into()
+        Vec::from(out).try_into().unwrap()
     }
 
     #[test]
@@ -361,9 +359,10 @@ mod tests {
         assert_eq!(ring.slots.iter().flatten().map(|slot| slot.pieces_left).collect::<Vec<_>>(), [4]);
         // Beside another one it is not cut.
         ring.read(2, AlignedBuf::new(1 << 20), 1 << 20, LunOffset(2 << 20)).unwrap();
-        let both = finish_all(&mut ring, 2);
-        assert_eq!(both.iter().map(|io| io.token).sum::<u64>(), 3);
-        both.into_iter().for_each(|io| io.result.unwrap());
+        let [first, second] = finish_all(&mut ring);
+        assert_eq!(first.token + second.token, 3);
+        first.result.unwrap();
+        second.result.unwrap();
         ring.read(3, AlignedBuf::new(len), len, LunOffset(8192)).unwrap();
         let done = finish(&mut ring);
         done.result.unwrap();

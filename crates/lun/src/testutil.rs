@@ -12,10 +12,32 @@ pub(crate) fn lun_file(len: u64) -> NamedTempFile {
     file
 }
 
+/// The reservation registry that a test makes beside a LUN's file; deleted when dropped.
+pub(crate) struct RegistryFile(PathBuf);
+
+impl RegistryFile {
+    pub(crate) fn of(backing: &Path) -> RegistryFile {
+        let mut name = backing.as_os_str().to_owned();
+        name.push(".pr");
+        RegistryFile(name.into())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for RegistryFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// A loop device on a file of its own; detached when dropped, also by a panic.
 pub(crate) struct LoopDevice {
     path: PathBuf,
     backing: Arc<NamedTempFile>,
+    attached: bool,
 }
 
 impl LoopDevice {
@@ -46,11 +68,18 @@ impl LoopDevice {
             .unwrap();
         assert!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
         let path = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim());
-        LoopDevice { path, backing }
+        LoopDevice { path, backing, attached: true }
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Detached and attached anew, as after a power cut; perhaps under another number.
+    pub(crate) fn reattach(mut self) -> LoopDevice {
+        run("losetup", &["--detach"], &self.path);
+        self.attached = false;
+        self.second()
     }
 
     pub(crate) fn backing(&self) -> &Path {
@@ -60,6 +89,9 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
+        if !self.attached {
+            return;
+        }
         let status = Command::new("losetup").arg("--detach").arg(&self.path).status();
         if !status.is_ok_and(|status| status.success()) && !std::thread::panicking() {
             panic!("losetup could not detach {}", self.path.display());

@@ -6,6 +6,7 @@
 mod fiemap;
 mod fs;
 mod handle;
+pub(crate) mod raw;
 
 pub use fiemap::{
     EXTENT_DATA_ENCRYPTED, EXTENT_DATA_INLINE, EXTENT_DATA_TAIL, EXTENT_DELALLOC, EXTENT_ENCODED,
