@@ -4,9 +4,9 @@
 //!
 //! Order of the rules (the first that applies):
 //! 1. A node that is not up in its incarnation, or has no quorum, stops its I/O ([`Step::Suspend`]): it may be presumed dead.
-//! 2. A node that was fenced, or is to be, stops likewise; what it had is gone. Only when csvfs has no role any more the node
-//!    asks to be admitted again.
-//! 3. A node with a path registers its key before csvfs may use the path.
+//! 2. A node that was fenced, or is to be, stops likewise; what it had is gone. Only when csvfs has no role any more and has
+//!    stopped (a csvfs without a role may hold layouts all the same) the node asks to be admitted again.
+//! 3. A node with a path registers its key before csvfs is started ([`may_start`]) or may use the path.
 //! 4. The owner: fences whoever must go, then takes; fences while online; hands over.
 //! 5. Everybody else follows the owner, once the volume is online there.
 //!
@@ -19,8 +19,10 @@ use csv_types::{Epoch, NodeId};
 /// What csvfs is for the volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
-    /// It does not run, or does not answer.
+    /// It does not run.
     Gone,
+    /// It runs and does not answer, or nobody has looked yet whether it runs.
+    Silent,
     /// It runs and has no role.
     Nobody,
     /// It coordinates the volume.
@@ -72,6 +74,12 @@ pub enum Step {
         /// The generation.
         generation: u32,
     },
+    /// Nothing of what this node had is left, and it is still to be fenced, while nobody owns the volume who could do that:
+    /// take its key off the LUN, then propose `VolumeWithdraw`.
+    Withdraw {
+        /// The generation that is given up.
+        generation: u32,
+    },
     /// Fence these, then let csvfs take the volume, then propose `VolumeOnline`. On failure propose `VolumeStartFailed`.
     Take {
         /// Epoch of the ownership.
@@ -96,6 +104,11 @@ pub enum Step {
         /// Epoch of the ownership that ends.
         epoch: Epoch,
     },
+    /// csvfs does not coordinate the volume any more, which the database does not know: see that the file system is closed here, then propose `VolumeClosed`.
+    Close {
+        /// Epoch of the ownership that ends.
+        epoch: Epoch,
+    },
     /// Let csvfs follow this owner.
     Follow {
         /// Epoch of the ownership.
@@ -108,11 +121,15 @@ pub enum Step {
 /// The step for this volume. See the module's text.
 #[must_use]
 pub fn next_step(db: &ClusterDb, volume: &Volume, local: &Local) -> Step {
-    if local.role == Role::Gone {
+    if local.role == Role::Silent {
         return Step::Wait;
     }
     if let Some(reason) = cut_off(db, local) {
-        return if local.suspended { Step::Wait } else { Step::Suspend { reason } };
+        return if local.suspended || local.role == Role::Gone {
+            Step::Wait
+        } else {
+            Step::Suspend { reason }
+        };
     }
     if let Some(reason) = lost(volume, local) {
         return Step::Suspend { reason };
@@ -121,6 +138,10 @@ pub fn next_step(db: &ClusterDb, volume: &Volume, local: &Local) -> Step {
         && let Some(step) = membership(volume, local)
     {
         return step;
+    }
+    if local.role == Role::Gone {
+        let epoch = volume.epoch;
+        return if is_to_close(volume, local) { Step::Close { epoch } } else { Step::Wait };
     }
     match &volume.state {
         VolumeState::Starting { .. } | VolumeState::Online | VolumeState::Releasing { .. } => {
@@ -146,15 +167,20 @@ fn cut_off(db: &ClusterDb, local: &Local) -> Option<String> {
 /// Why what csvfs has is not its own any more, if so.
 fn lost(volume: &Volume, local: &Local) -> Option<String> {
     let epoch = match local.role {
-        Role::Gone | Role::Nobody => return None,
+        Role::Gone | Role::Silent => return None,
+        Role::Nobody if local.suspended => return None,
         Role::Owner(epoch) => Some(epoch),
-        Role::Follower(..) => None,
+        // Without a role too it may hold layouts of a time before the fence.
+        Role::Nobody | Role::Follower(..) => None,
     };
     if local.fenced {
         return Some("the LUN refuses this node: it was fenced".into());
     }
     if let Some(member) = volume.members.get(&local.me).filter(|_| local.path)
-        && (member.state != MemberState::Admitted || member.incarnation != local.incarnation)
+        && (member.state != MemberState::Admitted
+            || member.incarnation != local.incarnation
+            // It was fenced and given the volume again before this was looked at.
+            || local.registered.is_some_and(|registered| registered != member.generation))
     {
         return Some(format!("the cluster has this node fenced (generation {})", member.generation));
     }
@@ -163,17 +189,39 @@ fn lost(volume: &Volume, local: &Local) -> Option<String> {
         .then(|| format!("the volume was taken from this node (epoch {})", volume.epoch))
 }
 
+/// May csvfs be started? Where there is a path, not before its key is registered: a LUN that keeps this node out cannot be
+/// opened, and what csvfs finds at its start is what it works with.
+#[must_use]
+pub fn may_start(db: &ClusterDb, volume: &Volume, local: &Local) -> bool {
+    cut_off(db, local).is_none()
+        && !is_to_close(volume, local)
+        && (!local.path || membership(volume, local).is_none())
+}
+
+/// The database has this node for the owner, and its csvfs has ended. (While it starts it may not have been there yet.)
+fn is_to_close(volume: &Volume, local: &Local) -> bool {
+    let ended = matches!(volume.state, VolumeState::Online | VolumeState::Releasing { .. });
+    ended && volume.owner == Some(local.me)
+}
+
 /// Admission and registration of a node with a path.
 fn membership(volume: &Volume, local: &Local) -> Option<Step> {
     let Some(member) = volume.members.get(&local.me) else {
         return Some(Step::Admit { from_generation: 0 });
     };
     match member.state {
-        MemberState::FencePending => Some(Step::Wait),
+        MemberState::FencePending if member.incarnation == local.incarnation => {
+            let idle = local.role == Role::Gone || (local.role == Role::Nobody && local.suspended);
+            let generation = member.generation;
+            // An owner fences it, and lets go of what its coordinator has lent to it.
+            let withdraw = idle && volume.owner.is_none();
+            Some(if withdraw { Step::Withdraw { generation } } else { Step::Wait })
+        }
         MemberState::Admitted if member.incarnation == local.incarnation => (local.registered
             != Some(member.generation))
         .then_some(Step::Register { generation: member.generation }),
-        MemberState::Fenced | MemberState::Admitted => {
+        // A key of an earlier life protects against a machine that is not back; it must not keep out one that is.
+        MemberState::FencePending | MemberState::Fenced | MemberState::Admitted => {
             Some(Step::Admit { from_generation: member.generation })
         }
     }
@@ -198,8 +246,8 @@ fn own(volume: &Volume, local: &Local) -> Step {
             let fence = volume.to_fence();
             if fence.is_empty() { Step::Wait } else { Step::Fence { epoch, fence } }
         }
-        // csvfs has ended; the manager sees it in the report and gives the volume a new epoch.
-        VolumeState::Online => Step::Wait,
+        // It stopped, or ended and was started again.
+        VolumeState::Online => Step::Close { epoch },
         // Also when csvfs has ended meanwhile: then nothing is mounted here.
         VolumeState::Releasing { .. } => Step::HandOver { epoch },
         VolumeState::Offline { .. } | VolumeState::Failed { .. } => Step::Wait,

@@ -9,8 +9,9 @@
 //!   the leader, hence `Down`, whatever it thinks itself.
 //! * **Being asleep.** A gap between two inputs that is longer than two heartbeats means that *this* node did not run (frozen,
 //!   suspended, starved): beats that came meanwhile lie unread. That time is not held against the others. A gap of
-//!   `silence_ms` or more restarts every clock and is reported as `Slept`: the others may have given this node up, so its
-//!   direct I/O must stop until it knows.
+//!   `silence_ms` or more restarts every clock and is reported as `Slept`: the others may have given this node up. What it
+//!   heard before counts for as long as it would have without the sleep, then its direct I/O stops until the majority
+//!   has been asked anew.
 //! * Beats of an older incarnation than the newest heard are late messages and count for nothing.
 //!
 //! The driver must feed `Tick` at least once per heartbeat, however idle it is. [`verdicts`] turns what is heard into commands,
@@ -39,7 +40,7 @@ pub enum Output {
     Heard { node: NodeId, incarnation: u64 },
     /// A node was not heard for that long.
     Missed { node: NodeId, silent_ms: u64 },
-    /// This node did not run for that long: stop direct I/O until membership is confirmed.
+    /// This node did not run for that long: nothing that lies there unread says that it is still in the cluster.
     Slept { ms: u64 },
 }
 

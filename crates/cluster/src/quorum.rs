@@ -117,8 +117,10 @@ pub fn target_voters(
             voters.remove(&voter);
         }
         let margin = tolerates(&voters, &live).filter(|_| !voters.is_empty())?;
-        // The safest set first; then the dead go before anybody else, then newcomers.
-        let order = (!joins && !live.contains(&voter), joins);
+        // The safest set first; then go the dead, then a witness that is not wanted any more, which may stop any moment;
+        // then newcomers come.
+        let unwanted = voter == VoterId::WITNESS && db.quorum.witness == Witness::None;
+        let order = (!joins && !live.contains(&voter), !joins && unwanted, joins);
         Some(((margin, order), voter, joins, voters))
     });
     // `max_by_key` takes the last of equals; the lowest number is wanted.

@@ -93,6 +93,8 @@ pub struct Return {
     pub up_to_seq: u64,
     /// Final size, when the end-of-file right goes back.
     pub size: Option<u64>,
+    /// The coordinator was not told that size by a commit.
+    pub size_dirty: bool,
     /// Data was written since the last `take_wrote` or return: the modification time must go along.
     pub wrote: bool,
 }
@@ -391,7 +393,7 @@ impl LayoutCache {
                 self.recalls.push(recall);
                 continue;
             }
-            let mut size = None;
+            let (mut size, mut size_dirty) = (None, false);
             if recall.with_eof {
                 let named = |eof: &Eof| eof.seq <= recall.up_to_seq;
                 if let Some(eof) = self.eof_leaving.take_if(|eof| named(eof)) {
@@ -399,9 +401,10 @@ impl LayoutCache {
                 }
                 let left = self.eof_left.filter(|(eof, by)| named(eof) && recall.up_to_seq <= *by);
                 size = left.map(|(eof, _)| eof.right.size);
+                size_dirty = left.is_some_and(|(eof, _)| eof.right.dirty);
             }
             let Recalled { recall_id, range, up_to_seq, .. } = recall;
-            out.push(Return { recall_id, range, up_to_seq, size, wrote: self.take_wrote() });
+            out.push(Return { recall_id, range, up_to_seq, size, size_dirty, wrote: self.take_wrote() });
         }
     }
 }

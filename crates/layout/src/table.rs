@@ -23,8 +23,9 @@
 //! Contract of the driver
 //! * Every `Map` is answered by `Mapped` or `MapFailed`, also after `CancelGet` or `NodeGone`: until then guards
 //!   wait, because the mapping may still be zeroing blocks. Every get ends in exactly one `Granted` or `GetEnded`.
-//! * To fill a hole that others may hold as zeros for reading, guard the range (`except` the getter) and allocate
-//!   *before* the get is put in; a guard taken while answering `Map` would wait for that very get.
+//! * To fill a hole that nodes may hold as zeros for reading, guard the range and allocate *before* the get is put in; a
+//!   guard taken while answering `Map` would wait for that very get. Not `except` the getter: until its grant
+//!   arrives it would read zeros, even when another node was granted the blocks and has written them meanwhile.
 //! * Do not put in a get or a second guard for a range under a guard of one's own and wait for it.
 //! * Guards are as many as operations of the coordinator are under way; the driver bounds those.
 //!

@@ -222,6 +222,11 @@ impl Lun {
     /// `PathFailed` or `Fenced`: earlier writes may be lost. Latch it; do not just try again.
     pub fn flush(&self) -> Result<(), LunError> {
         self.wait_admitted(IoOp::Flush, LunOffset(0))?;
+        if self.geometry.is_block_device {
+            // What a file system on this device could not write, because the node was fenced, is no failure of ours: our writes do
+            // not go through the page cache, and the file system knows. It would hide whether the flush itself succeeded.
+            let _not_ours = sys::take_write_back_error(&self.fd);
+        }
         rustix::io::retry_on_intr(|| rustix::fs::fdatasync(&self.fd))
             .map_err(|errno| self.io_error(IoOp::Flush, LunOffset(0), errno))?;
         self.check_fault_completed(IoOp::Flush, LunOffset(0))

@@ -235,7 +235,7 @@ fn refuse_occupied(
     Err(CreateError::InUse { lun: request.lun.clone(), by })
 }
 
-fn wipe(lun: &Lun) -> Result<(), LunError> {
+pub(crate) fn wipe(lun: &Lun) -> Result<(), LunError> {
     // Labels first: from here on the LUN holds no volume.
     wipe_labels(lun)?;
     let zeros = AlignedBuf::new(usize::try_from(WIPE_TAIL_BYTES).unwrap_or(0));

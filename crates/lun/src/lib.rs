@@ -4,6 +4,7 @@
 //! * [`AlignedBuf`], [`BufPool`]: memory that direct I/O accepts;
 //! * [`label`], [`mod@probe`], [`in_use`]: what is on it and who uses it;
 //! * [`mod@format`]: making a volume;
+//! * [`witness`]: making and reading a disk witness;
 //! * [`reservation`]: persistent reservations and fencing, on real storage and on the lab's file LUN;
 //! * [`sys`]: file handles, FIEMAP, shutdown, page-cache counts; raw system calls behind safe functions.
 //!
@@ -25,6 +26,7 @@ mod ring;
 pub mod sys;
 #[cfg(test)]
 mod testutil;
+pub mod witness;
 
 pub use buf::{ALIGN_BYTES, AlignedBuf, BufPool, PooledBuf};
 pub use device::{Lun, LunOptions};

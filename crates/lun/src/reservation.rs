@@ -28,6 +28,7 @@ mod types;
 pub use cluster::{FenceReport, FencedState, VictimOutcome, VictimReport};
 pub use error::{ErrorKind, PrOp, ReservationError};
 pub(crate) use open::loop_index;
+pub use open::read_path;
 pub use types::{
     Capabilities, FullStatus, Holder, Keys, Kind, PreemptOutcome, RegisterOutcome, ReservationType,
 };
@@ -68,6 +69,11 @@ trait Backend: fmt::Debug + Send + Sync {
         Ok(self.read_keys()?.keys.contains(&key))
     }
 
+    /// Ways to the device, each of which is registered by itself.
+    fn paths(&self) -> usize {
+        1
+    }
+
     /// Waits until every change that can be read is in force.
     fn settle(&self) -> Result<(), ReservationError> {
         Ok(())
@@ -101,6 +107,17 @@ impl Reservations {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.errors.0
+    }
+
+    /// The type by which one node has the LUN for itself. With several paths a holder by the type Write Exclusive could write
+    /// by one of them only; there it is the one registrant of the type for registrants.
+    #[must_use]
+    pub fn exclusive_type(&self) -> ReservationType {
+        if self.backend.paths() > 1 {
+            ReservationType::WriteExclusiveRegistrantsOnly
+        } else {
+            ReservationType::WriteExclusive
+        }
     }
 
     /// What the device says that it can do.

@@ -2,5 +2,7 @@
 //! may write them is the business of `csv-lun`.
 
 pub mod label;
+pub mod witness;
 
 pub use label::{FsKind, Label, LabelError, check_volume_name};
+pub use witness::{Beat, WitnessError, WitnessHeader};

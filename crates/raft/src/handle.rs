@@ -158,7 +158,8 @@ impl Handle {
             return Err(ReadError::NoQuorum(format!("no answer within {} ms", timeout.as_millis())));
         };
         match result {
-            Ok(_) => Ok(self.metrics().applied),
+            // The metrics may be a moment behind what was waited for.
+            Ok(read) => Ok(self.metrics().applied.max(read.map(|id| id.index))),
             Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(forward))) => {
                 Err(ReadError::NotLeader { leader: leader(forward) })
             }
@@ -350,6 +351,12 @@ impl Handle {
         // Its only error is a task that panicked, which the supervisor reports.
         let _ = self.inner.raft.shutdown().await;
         self.fatal().await;
+    }
+
+    /// Why the instance has stopped, if it has.
+    #[must_use]
+    pub fn stopped(&self) -> Option<Stop> {
+        self.inner.stopped.borrow().clone()
     }
 
     /// Resolves when the instance has stopped, with the reason.

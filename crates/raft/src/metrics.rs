@@ -74,7 +74,8 @@ pub struct Metrics {
 
 impl Metrics {
     /// Does this voter belong to a majority, as far as it can know? A leader: a majority followed it within the
-    /// lease. Another one: it heard the leader within the lease.
+    /// lease. Another one: it heard the leader within the lease, whether or not that still has its quorum; see
+    /// [`Metrics::contact_age_ms`].
     #[must_use]
     pub fn has_quorum(&self) -> bool {
         let age_ms = match self.role {
@@ -83,6 +84,29 @@ impl Metrics {
             Role::Candidate | Role::Stopped => None,
         };
         age_ms.is_some_and(|age_ms| age_ms <= self.lease_ms)
+    }
+
+    /// Age of the newest moment of which this voter knows that a majority was on its side; `None` when it knows of none.
+    ///
+    /// A leader sends heartbeats for ever, also when a majority has elected another one since, so a follower that hears
+    /// it knows of two voters only. That is enough where two are a majority. Otherwise the leader has to say that a
+    /// majority answers it: `confirmed_age_ms` is the age of the last time that the present leader (of this term) had
+    /// its quorum. A follower then knows of no moment later than either.
+    #[must_use]
+    pub fn contact_age_ms(&self, confirmed_age_ms: Option<u64>) -> Option<u64> {
+        match self.role {
+            Role::Leader => self.quorum_age_ms,
+            Role::Follower | Role::Learner if self.is_majority_with_leader() => self.leader_age_ms,
+            Role::Follower | Role::Learner => Some(self.leader_age_ms?.max(confirmed_age_ms?)),
+            Role::Candidate | Role::Stopped => None,
+        }
+    }
+
+    /// Are this voter and its leader enough for each set of voters?
+    fn is_majority_with_leader(&self) -> bool {
+        let Some(leader) = self.leader else { return false };
+        let two = BTreeSet::from([self.id, leader]);
+        self.voters.iter().all(|set| set.intersection(&two).count() > set.len() / 2)
     }
 
     /// All that have a vote, in either set.

@@ -36,6 +36,7 @@ impl Handle {
 
     async fn process(&self, request: Request) -> Result<Vec<u8>, ServeError> {
         let raft = &self.inner.raft;
+        let fatal_state = |e: Fatal<VoterId>| ServeError::Fatal(self.fatal_text(&e));
         let fatal = |e: RaftError<VoterId>| match e {
             RaftError::Fatal(e) => ServeError::Fatal(self.fatal_text(&e)),
             RaftError::APIError(e) => match e {},
@@ -43,6 +44,16 @@ impl Handle {
         match request {
             Request::Append(append) => {
                 let arrived = Instant::now();
+                let ids =
+                    append.prev_log_id.into_iter().chain(append.entries.iter().map(|entry| entry.log_id));
+                if let Some(other) = self.inner.store.contradiction(ids) {
+                    // A leader of before does not know yet what became of its entries.
+                    let mine = raft.with_raft_state(|state| *state.vote_ref()).await.map_err(fatal_state)?;
+                    let outdated = mine > append.vote;
+                    if !outdated {
+                        return Err(ServeError::Fatal(self.inner.store.fail_given_up(other.index)));
+                    }
+                }
                 let response = raft.append_entries(append).await.map_err(fatal)?;
                 if !matches!(response, AppendEntriesResponse::HigherVote(_)) {
                     *self.inner.heard.lock() = Some(arrived);

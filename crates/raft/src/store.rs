@@ -14,6 +14,7 @@ use openraft::{
     AnyError, EntryPayload, ErrorSubject, ErrorVerb, OptionalSend, RaftLogReader, StorageIOError,
 };
 use parking_lot::{Mutex, RwLock};
+use std::cmp::Ordering;
 use std::fmt::Debug;
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
@@ -70,6 +71,31 @@ impl Store {
 
     pub(crate) fn with_image<R>(&self, look: impl FnOnce(&Image) -> R) -> R {
         look(&self.image.read())
+    }
+
+    /// The first of these entries that differs from one that is known here to be committed.
+    ///
+    /// Consensus never sends such a one. After a forced start on another node it is sent, and openraft does not look: it takes
+    /// for granted that what is committed is the same everywhere.
+    pub(crate) fn contradiction(&self, mut ids: impl Iterator<Item = LogId>) -> Option<LogId> {
+        let committed = (*self.committed.lock())?;
+        self.with_image(|image| {
+            ids.find(|id| match id.index.cmp(&committed.index) {
+                Ordering::Greater => false,
+                Ordering::Equal => *id != committed,
+                Ordering::Less => {
+                    image.range(id.index, id.index + 1).next().is_some_and(|known| known.log_id != *id)
+                }
+            })
+        })
+    }
+
+    /// What was applied here was given up: this instance must not go on.
+    pub(crate) fn fail_given_up(&self, from: u64) -> String {
+        self.latch(format!(
+            "the leader has other entries than this node from entry {from} on, which this node knew to be committed: after a \
+             forced start of the cluster run `csvctl cluster rejoin` on this node"
+        ))
     }
 
     fn check(&self) -> Result<(), String> {
@@ -226,6 +252,11 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn truncate(&mut self, log_id: LogId) -> Result<(), StorageError> {
+        if self.0.with_image(|image| image.committed >= Some(log_id)) {
+            // See `contradiction`.
+            let failed = AnyError::error(self.0.fail_given_up(log_id.index));
+            return Err(StorageIOError::new(ErrorSubject::Log(log_id), ErrorVerb::Delete, failed).into());
+        }
         let written = self.0.write(Record::Truncate { from: log_id.index }).await;
         written.map_err(|e| StorageIOError::new(ErrorSubject::Log(log_id), ErrorVerb::Delete, e).into())
     }

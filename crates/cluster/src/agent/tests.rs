@@ -124,6 +124,17 @@ fn a_node_is_admitted_registers_and_only_then_takes_or_follows() {
     assert_eq!(bed.step(&two), Step::Wait);
     two.role = Role::Gone;
     assert_eq!(bed.step(&two), Step::Wait);
+    let may = |local: &Local| may_start(&bed.db, bed.volume(), local);
+    assert!(may(&two));
+    two.registered = None;
+    assert!(!may(&two));
+    assert!(
+        matches!(bed.step(&two), Step::Register { .. }),
+        "nothing runs that could use an old registration"
+    );
+    two.role = Role::Silent;
+    assert_eq!(bed.step(&two), Step::Wait);
+    assert!(!may(&Local { cut_off: Some("no quorum".into()), registered: Some(1), ..two }));
 }
 
 #[test]
@@ -188,6 +199,14 @@ fn a_member_that_is_to_be_fenced_stops_and_waits() {
     assert!(matches!(bed.step(&two), Step::Suspend { .. }));
     (two.suspended, two.role, two.registered) = (true, Role::Nobody, None);
     assert_eq!(bed.step(&two), Step::Wait, "its key is still there");
+    // The owner dies before it has fenced it, and nobody else is left.
+    let mut last = bed.volume().clone();
+    last.owner = None;
+    assert_eq!(next_step(&bed.db, &last, &two), Step::Withdraw { generation });
+    let unsure = Local { role: Role::Silent, ..two.clone() };
+    assert_eq!(next_step(&bed.db, &last, &unsure), Step::Wait);
+    let busy = Local { suspended: false, role: Role::Follower(epoch, N1), ..two.clone() };
+    assert!(matches!(next_step(&bed.db, &last, &busy), Step::Suspend { .. }));
     bed.run(Command::VolumeFenced { name: V.into(), epoch, fenced: vec![(N2, generation)] });
     assert_eq!(bed.step(&two), Step::Admit { from_generation: generation });
 }
@@ -208,6 +227,8 @@ fn no_quorum_and_a_conflict_stop_csvfs() {
     let back = Local { suspended: true, role: Role::Nobody, registered: None, ..good };
     assert_eq!(bed.step(&back), Step::Register { generation: bed.generation(N1) });
     let back = Local { registered: Some(bed.generation(N1)), ..back };
+    assert_eq!(bed.step(&back), Step::Close { epoch });
+    bed.run(Command::VolumeClosed { name: V.into(), epoch, node: N1, why: "it stopped".into() });
     assert_eq!(bed.step(&back), Step::Wait);
     bed.assign(N1);
     let epoch = bed.volume().epoch;
@@ -232,4 +253,81 @@ fn a_planned_move_hands_over_and_is_told_again() {
     assert_eq!(bed.step(&one), Step::Wait);
     let two = Local { registered: Some(bed.generation(N2)), ..local(N2) };
     assert_eq!(bed.step(&two), Step::Take { epoch: Epoch(epoch.0 + 1), fence: vec![] });
+}
+
+#[test]
+fn a_csvfs_that_ended_is_told_before_it_is_started_again() {
+    let mut bed = Bed::new();
+    bed.admit(N1);
+    bed.admit(N2);
+    bed.assign(N1);
+    bed.online(N1);
+    let epoch = bed.volume().epoch;
+    let gone = Local { role: Role::Gone, registered: Some(bed.generation(N1)), ..local(N1) };
+    assert_eq!(bed.step(&gone), Step::Close { epoch });
+    assert!(!may_start(&bed.db, bed.volume(), &gone));
+    bed.run(Command::VolumeClosed { name: V.into(), epoch, node: N1, why: "csvfs ended".into() });
+    assert!(bed.volume().to_fence().is_empty(), "nothing is left that could write");
+    assert!(may_start(&bed.db, bed.volume(), &gone));
+    bed.assign(N2);
+    assert_eq!(bed.step(&gone), Step::Wait);
+    let two = Local { registered: Some(bed.generation(N2)), ..local(N2) };
+    assert_eq!(bed.step(&two), Step::Take { epoch: Epoch(epoch.0 + 1), fence: vec![] });
+}
+
+/// Found by the simulation: nothing of the volume runs anywhere, and each node waits for another one to fence it.
+#[test]
+fn after_a_power_cut_of_every_node_each_comes_back_by_itself() {
+    let mut bed = Bed::new();
+    bed.admit(N1);
+    bed.admit(N2);
+    bed.assign(N1);
+    bed.online(N1);
+    for node in [N1, N2] {
+        bed.run(Command::NodeDown { node, incarnation: 7, reason: "power".into(), planned: false });
+    }
+    let from_epoch = bed.volume().epoch;
+    bed.run(Command::VolumeUnowned { name: V.into(), from_epoch, reason: "nobody is there".into() });
+    for node in [N1, N2] {
+        bed.run(Command::NodeUp { node, incarnation: 8 });
+        let mut back = Local { incarnation: 8, role: Role::Gone, ..local(node) };
+        let from_generation = bed.generation(node);
+        assert_eq!(bed.step(&back), Step::Admit { from_generation });
+        bed.run(Command::VolumeAdmit { name: V.into(), node, incarnation: 8, from_generation });
+        back.registered = Some(from_generation + 1);
+        assert_eq!(bed.step(&back), Step::Wait);
+        assert!(may_start(&bed.db, bed.volume(), &back));
+    }
+    assert!(bed.volume().to_fence().is_empty());
+}
+
+#[test]
+fn a_node_that_owns_the_volume_by_a_former_life_must_lose_it_before_it_is_admitted() {
+    let mut bed = Bed::new();
+    bed.admit(N1);
+    bed.assign(N1);
+    bed.online(N1);
+    bed.run(Command::NodeDown { node: N1, incarnation: 7, reason: "power".into(), planned: false });
+    bed.run(Command::NodeUp { node: N1, incarnation: 8 });
+    let from_generation = bed.generation(N1);
+    let admit = Command::VolumeAdmit { name: V.into(), node: N1, incarnation: 8, from_generation };
+    assert!(bed.db.apply(&admit.by(N1, bed.at)).is_err());
+    assert!(!bed.db.owner_stands(bed.volume()), "the manager gives it a new epoch");
+}
+
+/// Found by the simulation: a coordinator that broke has no role and holds layouts still.
+#[test]
+fn a_csvfs_without_a_role_stops_before_it_is_admitted_again() {
+    let mut bed = Bed::new();
+    bed.admit(N1);
+    bed.admit(N2);
+    bed.assign(N1);
+    bed.online(N1);
+    bed.assign(N2);
+    let mut one = Local { registered: Some(bed.generation(N1)), ..local(N1) };
+    assert!(matches!(bed.step(&one), Step::Suspend { .. }), "its key is to be fenced");
+    bed.online(N2);
+    assert!(matches!(bed.step(&one), Step::Suspend { .. }), "its key is gone, its layouts are not");
+    one.suspended = true;
+    assert_eq!(bed.step(&one), Step::Admit { from_generation: bed.generation(N1) });
 }

@@ -123,6 +123,9 @@ pub struct NewNode {
 pub enum Command {
     /// Makes the cluster and its first node (number 1, `Joining`). Only on an empty database.
     Init(Box<Init>),
+    /// This node goes on alone, by force: the first entry of the log after the membership of one. What the others have decided is
+    /// not known, so every key that they may have must go, and all numbers go on above a margin.
+    ForceStart { node: NodeId },
     /// Adds a node (`Joining`).
     NodeAdd {
         /// The node.
@@ -131,6 +134,18 @@ pub enum Command {
         token_sha256: String,
         /// The number that its certificate was made for; refused when it would get another. `None`: any.
         expect_id: Option<NodeId>,
+    },
+    /// The machine of a node that is down comes back without its database: the old node goes, a new one of the same name
+    /// (`Joining`) takes its place, its vote and its rank among preferred owners.
+    NodeReplace {
+        /// The node that goes.
+        old: NodeId,
+        /// The new one; its name is that of the old one.
+        node: NewNode,
+        /// SHA-256 of its join token's secret, hex.
+        token_sha256: String,
+        /// The number that its certificate was made for.
+        expect_id: NodeId,
     },
     /// The node is heard. Also back from `Isolated`, and with a greater incarnation from `Up` (it started again unnoticed).
     NodeUp { node: NodeId, incarnation: u64 },
@@ -173,6 +188,9 @@ pub enum Command {
     VolumeRelease { name: String, epoch: Epoch, to: Option<NodeId>, reason: String },
     /// The owner: it has closed the volume and will write nothing more under this epoch.
     VolumeReleased { name: String, epoch: Epoch, node: NodeId },
+    /// The owner's csvfs has ended by itself, and the file system is closed there: nothing of it will be written any more.
+    /// Nobody need be fenced.
+    VolumeClosed { name: String, epoch: Epoch, node: NodeId, why: String },
     /// The owner: it serves the volume again after all.
     VolumeReleaseCancelled { name: String, epoch: Epoch, node: NodeId, reason: String },
     /// The manager: the owner is gone and no node can take the volume.

@@ -26,6 +26,7 @@ pub mod volume;
 #[cfg(test)]
 pub(crate) mod tests;
 
+pub use apply::restore::{RESTORE_EPOCHS, RESTORE_GENERATIONS, RESTORE_NODES};
 pub use command::{
     Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, decode_answer,
     encode_answer,
@@ -56,8 +57,11 @@ pub const TOKENS_MAX: usize = 64;
 pub const RECORDS_MAX: usize = 4096;
 /// Bytes of a property, and of all properties of a resource.
 pub const PROPERTY_BYTES_MAX: usize = 64 << 10;
-/// Bytes of a checkpoint.
-pub const CHECKPOINT_BYTES_MAX: usize = 1 << 20;
+/// Bytes of a checkpoint. In hexadecimal, with its name, it fits into a command of 1 MiB.
+pub const CHECKPOINT_BYTES_MAX: usize = 500 << 10;
+/// Bytes of all groups, resources, properties and checkpoints together (checkpoints as hexadecimal): a snapshot of a full
+/// database, in which a byte takes up to six, stays below what a voter takes in.
+pub const RECORDS_BYTES_MAX: usize = 32 << 20;
 
 /// The database. `default()` is the empty one before `Init`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -30,7 +30,8 @@ pub struct Node {
     pub state: NodeState,
     /// What the administrator wants of it.
     pub admin: AdminState,
-    /// It said that it is about to stop: its volumes and its vote are moved away first. Cleared when it is up again.
+    /// It said that it is about to stop: its volumes and its vote are moved away first. Cleared when it is up again or
+    /// resumed.
     #[serde(default)]
     pub leaving: bool,
     /// Its incarnation; see the module's text. 0 before it was up for the first time.

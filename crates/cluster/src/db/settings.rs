@@ -4,6 +4,11 @@ use serde::{Deserialize, Serialize};
 use std::fmt::Display;
 use std::str::FromStr;
 
+/// What an election takes at most.
+const ELECTION_MS: u64 = 1_500;
+/// A lease that is over is given this much more: two clocks may run at different speeds.
+const LEASE_MARGIN_MS: u64 = 2_000;
+
 /// What moves volumes without need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -196,11 +201,53 @@ impl Settings {
             )
         } else if next.control_port == next.smb_port {
             format!("control_port and smb_port ({}) must differ", next.smb_port)
+        } else if next.lease_over_ms() < next.contact_limit_ms() {
+            format!(
+                "a lease counts as over after lease_ms and {LEASE_MARGIN_MS} ms ({}), which must not be before a node that \
+                 is cut off stops: four times heartbeat_ms * heartbeat_misses and {ELECTION_MS} ms ({})",
+                next.lease_over_ms(),
+                next.contact_limit_ms()
+            )
+        } else if next.lease_over_ms() >= next.start_timeout_ms {
+            format!(
+                "start_timeout_ms ({}) must be more than lease_ms and {LEASE_MARGIN_MS} ms ({}), for which a start may have \
+                 to wait",
+                next.start_timeout_ms,
+                next.lease_over_ms()
+            )
         } else {
             *self = next;
             return Ok(());
         };
         Err(SettingError::Contradiction { key: key.into(), value: value.into(), why })
+    }
+
+    /// Takes several values; only what comes out in the end must not contradict itself. On an error nothing changes.
+    ///
+    /// # Errors
+    /// As [`Settings::set`].
+    pub fn set_all(&mut self, values: &[(String, String)]) -> Result<(), SettingError> {
+        let mut next = self.clone();
+        for (key, value) in values {
+            next.set_one(key, value)?;
+        }
+        for (key, value) in values {
+            next.set(key, value)?;
+        }
+        *self = next;
+        Ok(())
+    }
+
+    /// A node that has not reached a majority for this long stops its I/O, in milliseconds.
+    #[must_use]
+    pub fn contact_limit_ms(&self) -> u64 {
+        self.silence_ms().saturating_mul(4).saturating_add(ELECTION_MS)
+    }
+
+    /// A lease is over for certain when its holder was not heard for this long, in milliseconds.
+    #[must_use]
+    pub fn lease_over_ms(&self) -> u64 {
+        self.lease_ms.saturating_add(LEASE_MARGIN_MS)
     }
 
     /// A node that was not heard for this long counts as silent, in milliseconds.
@@ -235,11 +282,33 @@ mod tests {
             ("recall_ms", "20000", "less than lease_ms"),
             ("witness_renew_ms", "4000", "twice"),
             ("smb_port", "7450", "must differ"),
+            ("heartbeat_ms", "1100", "22000"),
+            ("heartbeat_misses", "18", "23100"),
+            ("start_timeout_ms", "22000", "must be more than lease_ms"),
+            ("lease_ms", "58000", "start_timeout_ms (60000)"),
         ] {
             let error = settings.set(key, value).unwrap_err().to_string();
             assert!(error.contains(word), "{key}={value}: {error}");
         }
         assert_eq!(settings, Settings::default());
+    }
+
+    #[test]
+    fn a_lease_outlives_the_node_that_is_cut_off_and_not_the_start() {
+        let mut settings = Settings::default();
+        assert_eq!((settings.contact_limit_ms(), settings.lease_over_ms()), (7_500, 22_000));
+        settings.set("recall_ms", "2000").unwrap();
+        settings.set("lease_ms", "5500").unwrap();
+        assert!(settings.set("lease_ms", "5499").unwrap_err().to_string().contains("7499"));
+        // Together they fit, one after the other they do not.
+        let all = |values: &[(&str, &str)]| {
+            let values: Vec<_> = values.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect();
+            Settings::default().set_all(&values)
+        };
+        all(&[("heartbeat_ms", "2000"), ("lease_ms", "40000")]).unwrap();
+        all(&[("lease_ms", "100000"), ("start_timeout_ms", "110000")]).unwrap();
+        assert!(all(&[("heartbeat_ms", "3000"), ("lease_ms", "40000")]).is_err());
+        assert!(all(&[("heartbeat_ms", "500"), ("nothing", "1")]).is_err());
     }
 
     #[test]

@@ -36,6 +36,9 @@ pub struct Volume {
     pub id: VolumeId,
     /// File system, one of [`FILE_SYSTEMS`].
     pub fs: String,
+    /// Tells its ports from those of other volumes.
+    #[serde(default)]
+    pub index: u16,
     /// Owners by preference, best first; may be empty.
     pub preferred: Vec<NodeId>,
     /// Does the administrator want it online?

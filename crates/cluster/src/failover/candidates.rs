@@ -90,10 +90,14 @@ impl<'a> Planner<'a> {
             return Err(Unfit::Because("does not run csvfs of the volume"));
         }
         let member = volume.members.get(&node.id).filter(|member| member.incarnation == node.incarnation);
-        if member.is_some_and(|member| member.state == MemberState::FencePending) {
-            return Err(Unfit::Fencing);
+        match member.map(|member| member.state) {
+            Some(MemberState::FencePending) => Err(Unfit::Fencing),
+            // It asks for a new key as soon as nothing of what it had is left.
+            Some(MemberState::Fenced) => {
+                Err(Unfit::Because("was fenced and has not asked for a new key yet"))
+            }
+            Some(MemberState::Admitted) | None => Ok(()),
         }
-        Ok(())
     }
 
     /// Place of a node among the preferred owners; all others come behind.

@@ -247,15 +247,15 @@ impl Planner<'_> {
         if report.path != PathState::Good {
             return lasting(format!("{name} lost its path to the LUN"));
         }
-        if starting {
+        // A report from before it came online contradicts it too, so an old state is needed to believe it.
+        if starting || age_ms < settings.report_grace_ms {
             return None;
         }
         if !report.csvfs {
             return lasting(format!("csvfs of {name} ended"));
         }
-        // A report from before it came online contradicts it too, so an old state is needed to believe it.
         // An owner that releases ends its role before the release is known.
-        if !releasing && report.role_epoch < volume.epoch.0 && age_ms >= settings.report_grace_ms {
+        if !releasing && report.role_epoch < volume.epoch.0 {
             let reason = format!("csvfs of {name} does not coordinate it any more");
             return Some(Trouble { reason, owner_again: true, let_go: false });
         }

@@ -136,14 +136,15 @@ impl World {
     fn obey(&mut self, name: &str) {
         let volume = self.bed.db.volumes[name].clone();
         self.roles.retain(|(node, role), _| role != name || Some(*node) == volume.owner);
-        let awake = |node: &NodeId| self.alive.contains(node) && !self.hung.contains(node);
+        let awake: BTreeSet<NodeId> = self.alive.difference(&self.hung).copied().collect();
+        let awake = |node: &NodeId| awake.contains(node);
         if let Some(owner) = volume.owner.filter(awake) {
             self.obey_owner(name, &volume, owner);
         }
         // Who is not to write any more, and not busy, withdraws by itself.
         for (&node, member) in &volume.members {
             let pending = member.state == MemberState::FencePending && volume.owner.is_none();
-            if pending && self.alive.contains(&node) && !self.hung.contains(&node) {
+            if pending && awake(&node) {
                 let (incarnation, generation) = (member.incarnation, member.generation);
                 drop(self.bed.apply(Command::VolumeWithdraw {
                     name: name.into(),
@@ -151,6 +152,13 @@ impl World {
                     incarnation,
                     generation,
                 }));
+            }
+        }
+        // Nothing is left of what it had: it asks for a new key.
+        for (node, member) in self.bed.db.volumes[name].members.clone() {
+            let asks = member.state == MemberState::Fenced && self.bed.db.nodes[&node].is_up();
+            if asks && awake(&node) && self.path(node, name) == PathState::Good {
+                self.bed.admit(name, node.0);
             }
         }
     }

@@ -101,12 +101,40 @@ fn the_dead_go_before_the_living_give_up() {
 }
 
 #[test]
+fn a_witness_that_is_not_wanted_any_more_goes_first() {
+    // It may stop any moment: no set may come about that needs it.
+    let bed = bed(2, false, true);
+    let decision = target_voters(&bed.db, &up(&[1, 2]), &voters(&[1, 2, W]), true);
+    assert_eq!(decision.voters, voters(&[1, 2]));
+}
+
+#[test]
 fn a_leaving_node_hands_its_vote_over_while_it_runs() {
     let mut bed = bed(2, false, true);
     bed.ok(Command::NodeLeave { node: n(1), incarnation: 1 });
     let mut current = voters(&[1]);
     settle(&bed, &up(&[1, 2]), &mut current, false);
     assert_eq!(current, voters(&[2]));
+    // Then it leaves for good, and the other one goes on.
+    bed.ok(Command::NodePause { node: n(1), drain: true });
+    let reason = "it leaves the cluster".to_owned();
+    bed.ok(Command::NodeDown { node: n(1), incarnation: 1, reason, planned: true });
+    bed.ok(Command::NodeEvict { node: n(1) });
+    assert_eq!(settle(&bed, &up(&[2]), &mut current, false), 0);
+    assert_eq!(current, voters(&[2]));
+}
+
+#[test]
+fn one_that_cannot_leave_votes_again_when_it_is_resumed() {
+    let mut bed = bed(2, false, true);
+    bed.down(2);
+    bed.ok(Command::NodeLeave { node: n(1), incarnation: 1 });
+    let mut current = voters(&[1]);
+    settle(&bed, &up(&[1]), &mut current, false);
+    assert_eq!(current, voters(&[1]), "the last vote never goes");
+    bed.ok(Command::NodeResume { node: n(1) });
+    assert!(!bed.db.nodes[&n(1)].leaving);
+    assert_eq!(bed.ok(Command::NodeResume { node: n(1) }), crate::db::Applied::Unchanged);
 }
 
 #[test]

@@ -126,7 +126,8 @@ fn a_recall_waits_for_what_began_before_and_for_nothing_else() {
     let outside = bed.write_hit(r(1024, 2048));
     bed.cache.granted(2, r(0, 4096), Access::Write, &extents(r(0, 4096)), None);
     let newer = bed.write_hit(r(0, 512));
-    let answer = Return { recall_id: 2, range: r(0, 1024), up_to_seq: 1, size: None, wrote: true };
+    let answer =
+        Return { recall_id: 2, range: r(0, 1024), up_to_seq: 1, size: None, size_dirty: false, wrote: true };
     assert_eq!(bed.end(old, true), [answer]);
     assert_eq!(bed.recall(2, r(0, 1024), 1), [], "doubled again: now for the newer write");
     assert_eq!(bed.end(outside, false), []);
@@ -189,7 +190,14 @@ fn the_end_of_file_goes_back_with_its_final_size() {
     assert_eq!(bed.recall(2, r(0, 4200), 2), [], "touches the block of the end: all of the right must go");
     assert_eq!(bed.cache.eof(), None);
     assert_eq!(bed.write(r(8192, 12288)), Outcome::Miss);
-    let answer = Return { recall_id: 2, range: r(0, u64::MAX), up_to_seq: 2, size: Some(36864), wrote: true };
+    let answer = Return {
+        recall_id: 2,
+        range: r(0, u64::MAX),
+        up_to_seq: 2,
+        size: Some(36864),
+        size_dirty: true,
+        wrote: true,
+    };
     assert_eq!(bed.end(far, true), [answer]);
     let again = bed.recall(2, r(0, 36870), 2);
     assert_eq!(again[0].size, Some(36864), "the first answer may be lost");

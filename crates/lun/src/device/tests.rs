@@ -1,6 +1,7 @@
 use super::*;
 use crate::testutil::{LoopDevice, lun_file};
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 
 fn pattern(len: usize, seed: u8) -> AlignedBuf {
     let mut buf = AlignedBuf::new(len);
@@ -134,4 +135,31 @@ fn what_another_node_wrote_is_seen_after_the_page_cache_is_dropped() {
     assert_eq!(first_byte(), 0, "the cache was not stale, so this test shows nothing");
     Lun::open(ours.path(), LunOptions::default()).unwrap().drop_page_cache().unwrap();
     assert_eq!(first_byte(), 3);
+}
+
+/// A loop device on a loop device: the lower one can be made shorter behind the upper one's back.
+#[test]
+fn a_page_that_somebody_else_could_not_write_is_no_failed_flush() {
+    let Some(lower) = LoopDevice::new(1 << 20, 512) else { return };
+    let losetup = |args: &[&str], path: &Path| {
+        let output = std::process::Command::new("losetup").args(args).arg(path).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        PathBuf::from(String::from_utf8(output.stdout).unwrap().trim())
+    };
+    let set_size = |len: u64| {
+        std::fs::OpenOptions::new().write(true).open(lower.backing()).unwrap().set_len(len).unwrap();
+        losetup(&["--set-capacity"], lower.path());
+    };
+    let upper = losetup(&["--find", "--show"], lower.path());
+    let lun = Lun::open(&upper, LunOptions::default()).unwrap();
+    let cached = std::fs::OpenOptions::new().read(true).write(true).open(&upper).unwrap();
+    set_size(4096);
+    cached.write_all_at(&[7; 4096], 512 << 10).unwrap();
+    let written = cached.sync_data();
+    set_size(1 << 20);
+    let flushed = lun.flush();
+    drop((cached, lun));
+    losetup(&["--detach"], &upper);
+    written.expect_err("there was no room");
+    flushed.unwrap();
 }

@@ -41,6 +41,7 @@ const AT_HEAD: &[(usize, &[u8], &str)] = &[
     (1030, b"\x34\x34", "a NILFS2 file system"),
     (1024, b"\xe2\xe1\xf5\xe0", "an EROFS file system"),
     (0, b"hsqs", "a SquashFS file system"),
+    (0, &csv_ondisk::witness::MAGIC, "a disk witness of csvfs"),
 ];
 
 /// Names of everything known that the head and the tail of a device of `capacity_bytes` show. `tail` ends at

@@ -22,6 +22,15 @@ pub(crate) fn loop_index(stat: &Metadata) -> Option<u32> {
     name_of(&dir).strip_prefix("loop")?.parse().ok()
 }
 
+/// Where to read what every node may read, whatever it has registered. The device itself; but the lab's emulation takes
+/// reading away together with writing, so there it is the file behind the loop device.
+#[must_use]
+pub fn read_path(device: &Path) -> PathBuf {
+    let index = fs::metadata(device).ok().and_then(|stat| loop_index(&stat));
+    let file = index.and_then(|index| super::emu::loopdev::backing_file(index).ok());
+    file.filter(|file| file.is_file()).unwrap_or_else(|| device.to_owned())
+}
+
 /// The directory of the whole disk in sysfs.
 fn sysfs_of(stat: &Metadata) -> Option<PathBuf> {
     let (major, minor) = (rustix::fs::major(stat.rdev()), rustix::fs::minor(stat.rdev()));

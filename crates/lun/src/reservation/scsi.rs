@@ -43,6 +43,9 @@ enum Answer {
     Busy,
     /// The device does not know the command or a field of it.
     Unsupported(Sense),
+    /// Not done. Linux's own target answers so to RESERVE, RELEASE and CLEAR of an initiator that is not registered,
+    /// where SPC-4 wants a conflict.
+    NoCommunication(String),
     /// Not done.
     Refused(String),
     /// May have been done.
@@ -82,6 +85,7 @@ fn classify_sense(sense: Sense) -> Answer {
         (5, 0x20 | 0x24 | 0x26, 0) => Answer::Unsupported(sense),
         (5, 0x26, 4) => Answer::Refused("the reservation has another type".into()),
         (5, 0x55, 4) => Answer::Refused("the storage has no room for another registration".into()),
+        (2, 0x08, 0) => Answer::NoCommunication(format!("the LUN is not ready ({})", text())),
         (2, _, _) => Answer::Refused(format!("the LUN is not ready ({})", text())),
         (5, _, _) => Answer::Refused(text()),
         _ => Answer::Unknown(text()),
@@ -147,7 +151,13 @@ impl<P: Transport> Scsi<P> {
                     let why = format!("sense 5/{:02x}/{:02x}", sense.code, sense.qualifier);
                     return Err(self.errors.unsupported(op, why));
                 }
-                Answer::Refused(why) => return Err(self.errors.rejected(op, why)),
+                // Whoever gets a conflict looks whether its key is there, so a true failure is not taken for a fence.
+                Answer::NoCommunication(_) if matches!(op, PrOp::Reserve | PrOp::Release | PrOp::Clear) => {
+                    return Err(self.errors.conflict(op));
+                }
+                Answer::NoCommunication(why) | Answer::Refused(why) => {
+                    return Err(self.errors.rejected(op, why));
+                }
                 Answer::Unknown(why) => return Err(self.errors.unknown(op, why)),
             }
         }
@@ -236,6 +246,10 @@ impl<P: Transport> Scsi<P> {
 }
 
 impl<P: Transport> Backend for Scsi<P> {
+    fn paths(&self) -> usize {
+        self.paths.len()
+    }
+
     fn kind(&self) -> Kind {
         Kind::Scsi
     }

@@ -138,6 +138,18 @@ pub fn drop_block_device_cache(device: impl AsFd) -> rustix::io::Result<()> {
     unsafe { ioctl(device, NoArg::<BLKFLSBUF_OPCODE>::new()) }
 }
 
+/// Takes note of errors of earlier write-back from the page cache of this file, so that the next `fsync` of this descriptor
+/// tells of none of them (sync_file_range(2), errseq in the kernel's documentation).
+///
+/// # Errors
+/// The error that was noted, `EIO` or `ENOSPC`.
+pub fn take_write_back_error(file: impl AsFd) -> std::io::Result<()> {
+    // SAFETY: a system call without pointers; the descriptor is borrowed for its time.
+    let done =
+        unsafe { libc::sync_file_range(file.as_fd().as_raw_fd(), 0, 1, libc::SYNC_FILE_RANGE_WAIT_BEFORE) };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

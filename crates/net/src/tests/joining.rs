@@ -35,6 +35,7 @@ fn request(identity: &NodeIdentity) -> JoinRequest {
         feature_level: 1,
         software_version: "0.1.0".into(),
         now_unix_ms: now_unix_ms(),
+        rejoin: false,
     }
 }
 

@@ -31,6 +31,8 @@ pub struct JoinRequest {
     pub software_version: String,
     /// Its clock, Unix milliseconds.
     pub now_unix_ms: u64,
+    /// It takes the place of the node of its name, which is down and lost its database.
+    pub rejoin: bool,
 }
 
 impl JoinRequest {
@@ -57,6 +59,7 @@ impl JoinRequest {
             feature_level: call.feature_level,
             software_version: call.software_version,
             now_unix_ms: call.now_unix_ms,
+            rejoin: call.rejoin,
         };
         Ok((request, secret))
     }
@@ -73,6 +76,7 @@ impl JoinRequest {
             feature_level: self.feature_level,
             software_version: self.software_version,
             now_unix_ms: self.now_unix_ms,
+            rejoin: self.rejoin,
         }
     }
 }

@@ -189,7 +189,8 @@ pub struct Beat {
     pub leader: Option<VoterId>,
     /// Index of the last log entry that is in the sender's database.
     pub applied: u64,
-    /// The sender is the leader and a majority answered it within its lease.
+    /// A majority answered the leader within its lease. Only the leader says so, and for the witness, when that leads,
+    /// the node on which its voter runs.
     pub has_quorum: bool,
     /// The receiver is asked to put its whole report into its next beat.
     pub want_report: bool,

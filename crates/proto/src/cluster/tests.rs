@@ -72,6 +72,7 @@ fn join_call() -> wire::JoinCall {
         feature_level: 1,
         software_version: "0.1.0".into(),
         now_unix_ms: 5,
+        rejoin: true,
     };
     request.into_wire(&[7; SECRET_BYTES])
 }

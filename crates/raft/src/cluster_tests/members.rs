@@ -1,6 +1,6 @@
 //! Members come and go.
 
-use super::{ATTEMPT, Cluster, FaultyDisk, PATIENCE, Place, node};
+use super::{ATTEMPT, Cluster, FaultyDisk, Identity, ListMachine, PATIENCE, Place, directory, node};
 use crate::error::ProposeError;
 use crate::types::VoterId;
 use std::collections::BTreeSet;
@@ -79,6 +79,31 @@ async fn a_learner_that_is_far_behind_gets_the_snapshot() {
     cluster.start(2).await;
     cluster.caught_up(2).await;
     assert_eq!(cluster.machines[&2].list(), cluster.machines[&1].list());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_begins_with_a_state_and_grows() {
+    let before = ListMachine::default();
+    let old: Vec<Vec<u8>> = (0..30).map(|i| vec![i; 3]).collect();
+    *before.0.lock() = old.clone();
+    let mut cluster = Cluster::new();
+    let disk = FaultyDisk::default();
+    let me = Identity { cluster: cluster.id, voter: 2 };
+    let state = crate::types::StateMachine::snapshot(&before);
+    directory::create_with_on(&mut disk.clone(), me, node(2), state.clone()).unwrap();
+    let again = directory::create_with_on(&mut disk.clone(), me, node(2), state);
+    assert!(again.unwrap_err().to_string().contains("not empty"));
+    cluster.places.insert(2, Place::Memory(disk));
+    cluster.start(2).await;
+    cluster.propose(b"new").await;
+    assert_eq!(cluster.machines[&2].list(), [old, vec![b"new".to_vec()]].concat());
+    cluster.add(3).await;
+    cluster.caught_up(3).await;
+    assert_eq!(cluster.machines[&3].list(), cluster.machines[&2].list());
+    cluster.crash(2, 1).await;
+    cluster.start(2).await;
+    cluster.propose(b"after a crash").await;
+    assert_eq!(cluster.machines[&2].list().len(), 32);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,6 +1,7 @@
 //! Whole clusters of instances in one process, with a network and disks that fail.
 
 mod crashes;
+mod forced;
 mod idle;
 pub(crate) mod machine;
 mod members;
@@ -266,6 +267,36 @@ async fn a_leader_that_is_cut_off_knows_it() {
     // Another leader took it out of this log, but a third one could still have had it.
     let lost = in_its_log.await.unwrap().unwrap_err();
     assert!(matches!(&lost, ProposeError::Unknown(why) if why.contains("lead")), "{lost}");
+}
+
+/// What csvd makes of a follower's metrics and of the word of its leader, which comes with heartbeats.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_follower_in_a_minority_does_not_take_its_old_leader_for_the_majority() {
+    let cluster = Cluster::of(5).await;
+    let old = cluster.leader().await;
+    let id = old.identity().voter;
+    let follower = cluster.handle(if id == 1 { 2 } else { 1 });
+    let with = follower.identity().voter;
+    follower.wait_for(PATIENCE, |m| m.leader == Some(id) && m.leader_age_ms.is_some()).await.unwrap();
+    assert!(follower.metrics().contact_age_ms(Some(0)).is_some());
+    for other in (1..=5).filter(|other| ![id, with].contains(other)) {
+        for one in [id, with] {
+            cluster.net.faults.lock().cut.extend([(one, other), (other, one)]);
+        }
+    }
+    old.wait_for(PATIENCE, |m| !m.has_quorum()).await.unwrap();
+    let confirmed = std::time::Instant::now();
+    let new = cluster.leader_but(&[id]).await;
+    assert_ne!(new.identity().voter, with);
+    // It hears the old leader as before, and goes by what that says of its quorum.
+    let before = follower.wait_for(PATIENCE, |m| m.leader == Some(id) && m.has_quorum()).await.unwrap();
+    assert_eq!(before.role, Role::Follower);
+    let age = u64::try_from(confirmed.elapsed().as_millis()).unwrap();
+    assert!(before.contact_age_ms(Some(age)) >= Some(age));
+    assert_eq!(before.contact_age_ms(None), None);
+    assert!(!old.metrics().has_quorum());
+    cluster.net.heal();
+    follower.wait_for(PATIENCE, |m| m.leader.is_some_and(|leader| leader != id)).await.unwrap();
 }
 
 /// The others do not hear the leader, but it hears them.

@@ -17,9 +17,11 @@ use super::frame::{self, Unreadable};
 use super::{Backend, FORMAT, OpenError, OpenStorage, StorageFailure};
 use crate::codec::{Decoder, Encoder, Malformed};
 use crate::image::{Image, Record, StoredSnapshot};
-use crate::types::Identity;
+use crate::types::{Identity, LogId, Membership, RaftNode, SnapshotMeta, StoredMembership, Vote};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 const MANIFEST: &str = "MANIFEST";
 /// Kinds of frames beside those of [`Record`].
@@ -59,6 +61,14 @@ struct Directory {
 /// When the directory holds one, or cannot be written.
 pub fn create(path: &Path, identity: Identity) -> Result<(), OpenError> {
     create_on(&mut open_local(path)?, identity)
+}
+
+/// Makes the database of the only voter of a cluster that begins with this state: a backup that is restored.
+///
+/// # Errors
+/// As [`create`].
+pub fn create_with(path: &Path, identity: Identity, node: RaftNode, state: Vec<u8>) -> Result<(), OpenError> {
+    create_with_on(&mut open_local(path)?, identity, node, state)
 }
 
 /// Opens the database of a voter.
@@ -106,6 +116,47 @@ pub fn create_on(disk: &mut dyn Disk, identity: Identity) -> Result<(), OpenErro
     }
     let segment = segment_start(1, identity, &Image::default());
     write_file(disk, &segment_name(1), &segment).map_err(failed)?;
+    write_file(disk, MANIFEST, &manifest(identity, &[1])).map_err(failed)
+}
+
+/// [`create_with`] on any disk.
+///
+/// The state stands for the first entry of the log, which this voter, the only one, has agreed on with itself in term 1.
+/// The manifest comes last: without it nothing is there.
+///
+/// # Errors
+/// As [`create_with`].
+pub fn create_with_on(
+    disk: &mut dyn Disk,
+    identity: Identity,
+    node: RaftNode,
+    state: Vec<u8>,
+) -> Result<(), OpenError> {
+    let place = disk.place();
+    let names = disk.list().map_err(|e| OpenError::io(format!("cannot list {place}"), &e))?;
+    if !names.is_empty() {
+        return Err(OpenError::NotEmpty { place });
+    }
+    let failed = |e: io::Error| OpenError::io(format!("cannot create the database in {place}"), &e);
+    let voter = identity.voter;
+    let first = LogId::new(openraft::CommittedLeaderId::new(1, voter), 1);
+    let members = Membership::new(vec![BTreeSet::from([voter])], BTreeMap::from([(voter, node)]));
+    let meta = SnapshotMeta {
+        last_log_id: Some(first),
+        last_membership: StoredMembership::new(Some(first), members),
+        snapshot_id: uuid::Uuid::new_v4().to_string(),
+    };
+    let mut body = Encoder::default();
+    frame::encode_identity(&mut body, identity);
+    StoredSnapshot { meta, data: Arc::new(state) }.encode(&mut body);
+    let image = Image {
+        vote: Some(Vote::new(1, voter)),
+        committed: Some(first),
+        purged: Some(first),
+        ..Image::default()
+    };
+    write_file(disk, &snapshot_name(1), &frame::encode(0, 1, KIND_SNAPSHOT, &body.0)).map_err(failed)?;
+    write_file(disk, &segment_name(1), &segment_start(1, identity, &image)).map_err(failed)?;
     write_file(disk, MANIFEST, &manifest(identity, &[1])).map_err(failed)
 }
 

@@ -13,6 +13,7 @@
 pub mod blocks;
 pub mod directory;
 pub mod disk;
+pub mod force;
 pub(crate) mod frame;
 pub(crate) mod slot;
 

@@ -6,6 +6,7 @@ use super::super::events::EventKind;
 use super::super::node::{AdminState, Node};
 use super::super::quorum_config::{QuorumConfig, Witness};
 use super::super::refused::Refused;
+use super::super::settings::SettingError;
 use super::{At, check_name, done, is_sha256, unchanged};
 use csv_types::NodeId;
 use std::net::IpAddr;
@@ -90,12 +91,13 @@ impl ClusterDb {
 
     fn node_resume(&mut self, at: At, id: NodeId) -> Answer {
         let node = self.need_node(id)?;
-        if node.admin == AdminState::Active {
+        if node.admin == AdminState::Active && !node.leaving {
             return unchanged();
         }
         let message = format!("{} takes volumes again", node.name);
         self.change_node(at, id, EventKind::NodeResumed, message, |node| {
-            set_admin(node, at, AdminState::Active)
+            set_admin(node, at, AdminState::Active);
+            node.leaving = false;
         })
     }
 
@@ -173,6 +175,16 @@ impl ClusterDb {
         if self.quorum == *config {
             return unchanged();
         }
+        if self.quorum.witness != Witness::None
+            && config.witness != Witness::None
+            && self.quorum.witness != config.witness
+        {
+            // Both would be the same voter, with different memories.
+            return Err(Refused::Invalid(format!(
+                "the cluster has the {}: take it away first with `csvctl quorum set --no-witness`",
+                self.quorum.witness
+            )));
+        }
         match &config.witness {
             Witness::None => {}
             Witness::Disk { name, lun_id, .. } => {
@@ -209,6 +221,16 @@ impl ClusterDb {
         next.set(key, value)?;
         if next == self.settings {
             return unchanged();
+        }
+        // csvfs reads it when it starts. Whoever waits for a lease must not believe it to be shorter than it is.
+        if next.lease_ms < self.settings.lease_ms && !self.volumes.is_empty() {
+            let why = format!(
+                "it is {}, and nodes go on with that for the volumes that they have: take the volumes out with `csvctl \
+                 volume offline` and `csvctl volume remove`, which leaves their data alone, then lower it, then `csvctl \
+                 volume add` them",
+                self.settings.lease_ms
+            );
+            return Err(SettingError::Contradiction { key: key.into(), value: value.into(), why }.into());
         }
         self.settings = next;
         self.emit(at, EventKind::SettingChanged, None, key, format!("{key} is {value} now"));

@@ -44,11 +44,19 @@ impl ClusterDb {
     }
 
     /// The node's admission that it has or would get as the owner of that volume.
-    pub(super) fn admission(&self, volume: &Volume, node: &Node) -> Result<Member, Refused> {
+    pub(super) fn admission(&self, at: At, volume: &Volume, node: &Node) -> Result<Member, Refused> {
         match volume.members.get(&node.id) {
             Some(member) if member.incarnation == node.incarnation => match member.state {
                 MemberState::Admitted => Ok(*member),
-                MemberState::Fenced => self.next_admission(volume, node),
+                // Only the node itself knows that nothing is left of what it had: a key that it did not ask for would let
+                // that write again.
+                MemberState::Fenced => {
+                    let why = format!(
+                        "it was fenced from volume {} and has not asked to be admitted again; wait for that",
+                        volume.name
+                    );
+                    Err(Self::node_state(node, at, &why))
+                }
                 MemberState::FencePending => Err(Refused::FencePending {
                     volume: volume.name.clone(),
                     node: node.name.clone(),
@@ -190,7 +198,12 @@ impl ClusterDb {
             let (volume, node) = (name.into(), node.name.clone());
             return Err(Refused::StaleGeneration { volume, node, got: from, current });
         }
-        if member.is_some_and(|member| member.state == MemberState::FencePending) {
+        // As in `admission`: an earlier life has ended by the node's own word. An owner must have lost the volume before.
+        let pending = |member: &Member| {
+            let back = member.incarnation < incarnation && volume.owner != Some(id);
+            member.state == MemberState::FencePending && !back
+        };
+        if member.is_some_and(pending) {
             let (volume, node) = (name.into(), node.name.clone());
             return Err(Refused::FencePending { volume, node, generation: current });
         }

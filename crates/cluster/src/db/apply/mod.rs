@@ -6,6 +6,7 @@ mod members;
 mod nodes;
 mod placement;
 mod records;
+pub(super) mod restore;
 mod volumes;
 
 use super::ClusterDb;

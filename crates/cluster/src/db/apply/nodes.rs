@@ -15,6 +15,8 @@ impl ClusterDb {
     pub(super) fn apply_node(&mut self, at: At, command: &Command) -> Option<Answer> {
         Some(if let Command::NodeAdd { node, token_sha256, expect_id } = command {
             self.node_add(at, node, token_sha256, *expect_id)
+        } else if let Command::NodeReplace { old, node, token_sha256, expect_id } = command {
+            self.node_replace(at, *old, node, (token_sha256, *expect_id))
         } else if let Command::NodeUp { node, incarnation } = command {
             self.node_up(at, *node, *incarnation)
         } else if let Command::NodeIsolated { node, incarnation, reason } = command {
@@ -25,6 +27,8 @@ impl ClusterDb {
             self.node_leave(at, *node, *incarnation)
         } else if let Command::NodeEvict { node } = command {
             self.node_evict(at, *node)
+        } else if let Command::ForceStart { node } = command {
+            self.force_start(at, *node)
         } else {
             return None;
         })
@@ -48,9 +52,7 @@ impl ClusterDb {
             return Err(Refused::Invalid("feature levels begin with 1".into()));
         }
         let mut settings = Settings::default();
-        for (key, value) in &init.settings {
-            settings.set(key, value)?;
-        }
+        settings.set_all(&init.settings)?;
         self.format = FORMAT;
         self.name = init.name.clone();
         self.id = init.id;
@@ -94,6 +96,25 @@ impl ClusterDb {
     }
 
     fn node_add(&mut self, at: At, new: &NewNode, token: &str, expect_id: Option<NodeId>) -> Answer {
+        self.check_new(at, new, (token, expect_id), None)?;
+        self.use_token(token);
+        Ok(Applied::Node(self.insert_node(at, new)))
+    }
+
+    fn use_token(&mut self, token: &str) {
+        if let Some(token) = self.tokens.get_mut(token) {
+            token.uses_left = token.uses_left.saturating_sub(1);
+        }
+    }
+
+    /// May that node come in, when `old` goes?
+    fn check_new(
+        &self,
+        at: At,
+        new: &NewNode,
+        (token, expect_id): (&str, Option<NodeId>),
+        old: Option<NodeId>,
+    ) -> Result<(), Refused> {
         let bad_token = |why: &str| Refused::Token { why: why.into() };
         let entry = self.tokens.get(token).ok_or_else(|| bad_token("not known in this cluster"))?;
         if at >= entry.expires_unix_ms {
@@ -108,15 +129,15 @@ impl ClusterDb {
             name,
             hint: hint.into(),
         };
-        if self.node_by_name(&new.name).is_some() {
+        if self.node_by_name(&new.name).is_some_and(|node| Some(node.id) != old) {
             let hint = ": give the machine another host name, or evict the old node first";
             return Err(duplicate("node", new.name.clone(), hint));
         }
-        if let Some(other) = self.nodes.values().find(|node| node.addr == new.addr) {
+        if let Some(other) = self.nodes.values().find(|node| node.addr == new.addr && Some(node.id) != old) {
             let hint = format!(" (node {}): every node needs an address of its own", other.name);
             return Err(duplicate("address", new.addr.to_string(), &hint));
         }
-        if self.nodes.len() >= NODES_MAX {
+        if self.nodes.len() >= NODES_MAX && old.is_none() {
             return Err(Refused::TooMany { what: "nodes".into(), max: NODES_MAX as u64 });
         }
         if self.next_node_id > NODE_ID_MAX {
@@ -137,10 +158,43 @@ impl ClusterDb {
         if let Some(expected) = expect_id.filter(|expected| expected.0 != self.next_node_id) {
             return Err(Refused::OtherNodeId { next: self.next_node_id, expected: expected.0 });
         }
-        if let Some(token) = self.tokens.get_mut(token) {
-            token.uses_left -= 1;
+        Ok(())
+    }
+
+    fn node_replace(
+        &mut self,
+        at: At,
+        old: NodeId,
+        new: &NewNode,
+        (token, expect_id): (&str, NodeId),
+    ) -> Answer {
+        let gone = self.need_node(old)?.clone();
+        if gone.name != new.name {
+            let why = format!("{} cannot take the place of {}", new.name, gone.name);
+            return Err(Refused::Invalid(why));
         }
-        Ok(Applied::Node(self.insert_node(at, new)))
+        self.check_new(at, new, (token, Some(expect_id)), Some(old))?;
+        match gone.state {
+            NodeState::Joining | NodeState::Down => {}
+            NodeState::Up | NodeState::Isolated => {
+                let why = "another machine of that name is in the cluster; if it is this one, wait until it is down";
+                return Err(Self::node_state(&gone, at, why));
+            }
+        }
+        let owned = self.volumes_of(old);
+        if !owned.is_empty() {
+            return Err(Refused::OwnsVolumes { node: gone.name, volumes: owned.join(", ") });
+        }
+        self.use_token(token);
+        self.order_fences(at, old, &format!("{} begins anew", gone.name));
+        self.remove_node(old, Some(expect_id));
+        let message = format!("{} lost its database and begins anew as node number {expect_id}", gone.name);
+        self.emit(at, EventKind::NodeEvicted, Some(old), &gone.name, message);
+        let id = self.insert_node(at, new);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.vote = gone.vote;
+        }
+        Ok(Applied::Node(id))
     }
 
     fn node_up(&mut self, at: At, id: NodeId, incarnation: u64) -> Answer {
@@ -297,9 +351,30 @@ impl ClusterDb {
             return Err(Self::node_state(node, at, &why));
         }
         self.order_fences(at, id, &format!("{name} was evicted"));
+        self.remove_node(id, None);
+        self.emit(
+            at,
+            EventKind::NodeEvicted,
+            Some(id),
+            &name,
+            format!("{name} was removed from the cluster"),
+        );
+        done()
+    }
+
+    /// Takes a node out of every record; `heir` gets its rank among preferred owners.
+    pub(super) fn remove_node(&mut self, id: NodeId, heir: Option<NodeId>) {
         self.nodes.remove(&id);
+        for mark in ["registered", "awake"] {
+            self.properties.remove(&format!("{mark}.{}", id.0));
+        }
         for volume in self.volumes.values_mut() {
-            volume.preferred.retain(|node| *node != id);
+            match heir {
+                Some(heir) => {
+                    volume.preferred.iter_mut().filter(|node| **node == id).for_each(|node| *node = heir)
+                }
+                None => volume.preferred.retain(|node| *node != id),
+            }
             volume.failures.retain(|failure| failure.node != id);
             // What is not to be fenced any more need not be remembered: the number never comes back.
             volume.members.retain(|&node, member| {
@@ -312,13 +387,5 @@ impl ClusterDb {
         for owner in self.resources.values_mut().map(|resource| &mut resource.owner) {
             *owner = owner.filter(|node| *node != id);
         }
-        self.emit(
-            at,
-            EventKind::NodeEvicted,
-            Some(id),
-            &name,
-            format!("{name} was removed from the cluster"),
-        );
-        done()
     }
 }

@@ -21,6 +21,8 @@ impl ClusterDb {
             self.volume_release(at, name, *epoch, *to, reason)
         } else if let Command::VolumeReleased { name, epoch, node } = command {
             self.volume_released(at, name, *epoch, *node)
+        } else if let Command::VolumeClosed { name, epoch, node, why } = command {
+            self.volume_closed(at, name, *epoch, *node, why)
         } else if let Command::VolumeReleaseCancelled { name, epoch, node, reason } = command {
             self.volume_release_cancelled(at, name, *epoch, *node, reason)
         } else if let Command::VolumeUnowned { name, from_epoch, reason } = command {
@@ -39,7 +41,7 @@ impl ClusterDb {
             let why = "it cannot be given a volume; choose a node that is Up";
             return Err(Self::node_state(node, at, why));
         }
-        self.admission(volume, node)
+        self.admission(at, volume, node)
     }
 
     /// Makes `to` the owner under the next epoch. The caller has checked it.
@@ -226,6 +228,24 @@ impl ClusterDb {
         }
         let message = format!("volume {name} is offline: {reason}");
         self.emit(at, EventKind::VolumeOffline, None, name, message);
+        done()
+    }
+
+    fn volume_closed(&mut self, at: At, name: &str, epoch: Epoch, id: NodeId, why: &str) -> Answer {
+        let volume = self.need_owner(name, epoch, id)?;
+        match &volume.state {
+            VolumeState::Starting { .. } => return self.volume_start_failed(at, name, epoch, id, why),
+            VolumeState::Releasing { .. } => return self.volume_released(at, name, epoch, id),
+            VolumeState::Online | VolumeState::Offline { .. } | VolumeState::Failed { .. } => {}
+        }
+        let shown = self.node_name(id);
+        let reason = format!("{why} on {shown}; the file system is closed there");
+        if let Some(volume) = self.volumes.get_mut(name) {
+            volume.owner = None;
+            volume.state = VolumeState::Offline { reason: reason.clone() };
+            volume.since_unix_ms = at;
+        }
+        self.emit(at, EventKind::VolumeUnowned, Some(id), name, format!("volume {name}: {reason}"));
         done()
     }
 

@@ -4,7 +4,8 @@ use super::super::command::{Answer, Command, EVENTS_PER_COMMAND_MAX};
 use super::super::events::EventKind;
 use super::super::refused::Refused;
 use super::super::{
-    CHECKPOINT_BYTES_MAX, ClusterDb, Group, PROPERTY_BYTES_MAX, RECORDS_MAX, Resource, TOKENS_MAX, Token,
+    CHECKPOINT_BYTES_MAX, ClusterDb, Group, PROPERTY_BYTES_MAX, RECORDS_BYTES_MAX, RECORDS_MAX, Resource,
+    TOKENS_MAX, Token,
 };
 use super::{At, check_name, done, is_sha256, unchanged};
 use std::collections::BTreeMap;
@@ -63,6 +64,7 @@ impl ClusterDb {
         };
         check_bytes("a property", value.len(), PROPERTY_BYTES_MAX)?;
         room(&self.properties, key, "properties")?;
+        self.room_for(self.properties.get(key).map_or(0, String::len), value.len(), key)?;
         self.properties.insert(key.into(), value.into());
         done()
     }
@@ -71,6 +73,7 @@ impl ClusterDb {
         check_name("checkpoint", name)?;
         check_bytes("a checkpoint", value.len(), CHECKPOINT_BYTES_MAX)?;
         room(&self.checkpoints, name, "checkpoints")?;
+        self.room_for(self.checkpoints.get(name).map_or(0, |old| old.len() * 2), value.len() * 2, name)?;
         self.checkpoints.insert(name.into(), value.into());
         done()
     }
@@ -114,6 +117,8 @@ impl ClusterDb {
         if self.groups.get(&group.name) == Some(group) {
             return unchanged();
         }
+        let old = self.groups.get(&group.name).map_or(0, group_bytes);
+        self.room_for(old, group_bytes(group), &group.name)?;
         self.groups.insert(group.name.clone(), group.clone());
         let message = format!("group {} is {}", group.name, group.state);
         self.emit(at, EventKind::GroupChanged, group.owner, &group.name, message);
@@ -147,6 +152,8 @@ impl ClusterDb {
         if self.resources.get(&resource.name) == Some(resource) {
             return unchanged();
         }
+        let old = self.resources.get(&resource.name).map_or(0, resource_bytes);
+        self.room_for(old, resource_bytes(resource), &resource.name)?;
         self.resources.insert(resource.name.clone(), resource.clone());
         let message = format!("resource {} is {}", resource.name, resource.state);
         self.emit(at, EventKind::ResourceChanged, resource.owner, &resource.name, message);
@@ -160,6 +167,32 @@ impl ClusterDb {
         self.emit(at, EventKind::ResourceRemoved, None, name, format!("resource {name} was removed"));
         done()
     }
+}
+
+impl ClusterDb {
+    /// May a record of that name have so many bytes, where it had `old`?
+    fn room_for(&self, old: usize, new: usize, name: &str) -> Result<(), Refused> {
+        let hex = |value: &Vec<u8>| value.len() * 2;
+        let records = self.groups.values().map(group_bytes).sum::<usize>()
+            + self.resources.values().map(resource_bytes).sum::<usize>()
+            + map_bytes(&self.properties)
+            + self.checkpoints.iter().map(|(name, value)| name.len() + hex(value)).sum::<usize>();
+        // One that shrinks is always taken.
+        if new <= old || records - old + new + name.len() <= RECORDS_BYTES_MAX {
+            return Ok(());
+        }
+        let what = "bytes of groups, resources, properties and checkpoints together".into();
+        Err(Refused::TooMany { what, max: RECORDS_BYTES_MAX as u64 })
+    }
+}
+
+fn group_bytes(group: &Group) -> usize {
+    group.name.len() + group.state.len() + map_bytes(&group.properties)
+}
+
+fn resource_bytes(resource: &Resource) -> usize {
+    let Resource { name, kind, group, owner: _, state, properties } = resource;
+    name.len() + kind.len() + group.len() + state.len() + map_bytes(properties)
 }
 
 fn map_bytes(map: &BTreeMap<String, String>) -> usize {

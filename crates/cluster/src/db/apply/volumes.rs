@@ -75,6 +75,9 @@ impl ClusterDb {
             name: name.into(),
             id,
             fs: fs.into(),
+            index: (0..u16::MAX)
+                .find(|index| self.volumes.values().all(|volume| volume.index != *index))
+                .unwrap_or(u16::MAX),
             preferred: preferred.to_vec(),
             want_online: true,
             owner: None,
@@ -103,6 +106,7 @@ impl ClusterDb {
         self.epoch_floor = self.epoch_floor.max(volume.epoch.0);
         self.generation_floor = self.generation_floor.max(generation);
         self.volumes.remove(name);
+        self.properties.retain(|key, _| !is_property_of(name, key));
         self.emit(at, EventKind::VolumeRemoved, None, name, format!("volume {name} was removed"));
         done()
     }
@@ -163,4 +167,17 @@ impl ClusterDb {
         self.emit(at, EventKind::VolumePreferredChanged, None, name, message);
         done()
     }
+}
+
+/// Is that property one of the volume's (`volume.<name>.redirect` for example)? Names may have dots, so those of volume `a.b` must
+/// not be taken for those of `a`.
+fn is_property_of(name: &str, key: &str) -> bool {
+    let own = key
+        .strip_prefix("volume.")
+        .and_then(|key| key.strip_prefix(name))
+        .and_then(|key| key.strip_prefix('.'));
+    own.is_some_and(|own| {
+        let node = own.strip_prefix("registered.").unwrap_or_default();
+        !own.contains('.') || (!node.is_empty() && node.bytes().all(|byte| byte.is_ascii_digit()))
+    })
 }

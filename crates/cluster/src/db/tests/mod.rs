@@ -3,6 +3,7 @@
 mod nodes;
 mod random;
 mod records;
+mod restore;
 mod volumes;
 
 use super::*;

@@ -19,7 +19,7 @@ struct Spec {
 }
 
 fn spec() -> impl Strategy<Value = Spec> {
-    let parts = (0..22u8, (1..5u32, 1..5u32), 0..3u64, 0..3u32, 0..2usize, any::<bool>());
+    let parts = (0..23u8, (1..5u32, 1..5u32), 0..3u64, 0..3u32, 0..2usize, any::<bool>());
     parts.prop_map(|(kind, nodes, back, generation, volume, flag)| Spec {
         kind,
         nodes,
@@ -67,6 +67,8 @@ fn make(db: &ClusterDb, spec: &Spec) -> Command {
         19 => Command::VolumeFail { name, from_epoch: epoch, reason },
         20 if flag => Command::VolumeWithdraw { name, node: a, incarnation, generation },
         20 => Command::VolumeUnowned { name, from_epoch: epoch, reason },
+        // Seldom: it ends all that was begun.
+        21 if flag && back == 0 && volume == "V" => Command::ForceStart { node: a },
         _ => Command::VolumeAdd {
             name,
             id: VolumeId(Uuid::from_u128(volume.len() as u128 + u128::from(volume.as_bytes()[0]))),

@@ -47,6 +47,9 @@ fn settings_quorum_and_votes() {
     bed.refused(Command::QuorumSet { config: quorum("w", addr(2)) }, "another machine");
     bed.ok(Command::QuorumSet { config: quorum("w", addr(200)) });
     assert_eq!(bed.ok(Command::QuorumSet { config: quorum("w", addr(200)) }), Applied::Unchanged);
+    bed.refused(Command::QuorumSet { config: quorum("v", addr(201)) }, "--no-witness");
+    bed.ok(Command::QuorumSet { config: QuorumConfig::default() });
+    bed.ok(Command::QuorumSet { config: quorum("v", addr(201)) });
     bed.ok(Command::NodeVote { node: n(1), vote: false });
     bed.refused(Command::NodeVote { node: n(2), vote: false }, "only vote");
 }
@@ -57,7 +60,7 @@ fn records_are_bounded() {
     let big = "x".repeat(PROPERTY_BYTES_MAX + 1);
     bed.refused(Command::Property { key: "k".into(), value: Some(big) }, "65536 bytes");
     let value = vec![0; CHECKPOINT_BYTES_MAX + 1];
-    bed.refused(Command::CheckpointPut { name: "c".into(), value }, "1048576 bytes");
+    bed.refused(Command::CheckpointPut { name: "c".into(), value }, "512000 bytes");
     for i in 0..TOKENS_MAX - 1 {
         bed.ok(Command::TokenAdd { sha256: format!("{i:064x}"), expires_unix_ms: bed.now + 1, uses: 1 });
     }
@@ -93,4 +96,81 @@ fn groups_and_resources_hang_together() {
     assert_eq!(bed.db.groups["g"].owner, None);
     bed.ok(Command::ResourceRemove { name: "r".into() });
     bed.ok(Command::GroupRemove { name: "g".into() });
+}
+
+#[test]
+fn a_lease_is_not_lowered_under_volumes() {
+    let mut bed = Bed::nodes(2);
+    bed.setting("recall_ms", "2000");
+    bed.setting("lease_ms", "15000");
+    bed.volume("V", 1);
+    let lower = || Command::Setting { key: "lease_ms".into(), value: "10000".into() };
+    bed.refused(lower(), "csvctl volume remove");
+    // Whoever waits for a lease waits longer than needed then.
+    bed.setting("lease_ms", "20000");
+    bed.refused(Command::Setting { key: "lease_ms".into(), value: "15000".into() }, "it is 20000");
+    bed.ok(Command::VolumeOffline { name: "V".into(), reason: "r".into() });
+    bed.refused(lower(), "volume add");
+    let (epoch, node) = (bed.db.volumes["V"].epoch, n(1));
+    if bed.db.volumes["V"].state.owned() {
+        bed.ok(Command::VolumeReleased { name: "V".into(), epoch, node });
+    }
+    bed.ok(Command::VolumeRemove { name: "V".into() });
+    bed.ok(lower());
+}
+
+#[test]
+fn properties_go_with_their_volume_and_node() {
+    let mut bed = Bed::nodes(2);
+    bed.volume("V", 1);
+    bed.volume("V.W", 1);
+    let gone =
+        ["volume.V.redirect", "volume.V.redirect-nodes", "volume.V.registered.2", "registered.2", "awake.2"];
+    let stay =
+        ["volume.V.W.redirect", "volume.V.W.registered.2", "volume.VV.redirect", "registered.1", "volume.V"];
+    for key in gone.iter().chain(&stay) {
+        bed.ok(Command::Property { key: (*key).into(), value: Some("1".into()) });
+    }
+    bed.ok(Command::VolumeOffline { name: "V".into(), reason: "r".into() });
+    let (epoch, node) = (bed.db.volumes["V"].epoch, n(1));
+    if bed.db.volumes["V"].state.owned() {
+        bed.ok(Command::VolumeReleased { name: "V".into(), epoch, node });
+    }
+    bed.ok(Command::VolumeRemove { name: "V".into() });
+    bed.down(2);
+    bed.ok(Command::NodeEvict { node: n(2) });
+    let left: Vec<&str> = bed.db.properties.keys().map(String::as_str).collect();
+    let mut stay = stay.to_vec();
+    stay.sort_unstable();
+    assert_eq!(left, stay);
+}
+
+#[test]
+fn all_records_together_have_a_bound_and_one_that_shrinks_is_taken() {
+    let mut db = Bed::nodes(1).db;
+    let put = |db: &mut ClusterDb, name: String, bytes: usize| {
+        db.apply(&Command::CheckpointPut { name, value: vec![7; bytes] }.by(n(1), 1))
+    };
+    let mut taken = 0;
+    while put(&mut db, format!("c{taken}"), CHECKPOINT_BYTES_MAX).is_ok() {
+        taken += 1;
+    }
+    assert_eq!(taken, RECORDS_BYTES_MAX / (2 * CHECKPOINT_BYTES_MAX));
+    assert!(put(&mut db, "c0".into(), CHECKPOINT_BYTES_MAX).is_ok(), "another of the same size");
+    put(&mut db, "c0".into(), 10).unwrap();
+    put(&mut db, "new".into(), CHECKPOINT_BYTES_MAX - 100).unwrap();
+    let property = |value: usize| Command::Property { key: "p".into(), value: Some("x".repeat(value)) };
+    while db.apply(&put_next(&mut taken)).is_ok() {}
+    let refused = db.apply(&property(PROPERTY_BYTES_MAX).by(n(1), 1)).unwrap_err().to_string();
+    assert!(refused.contains("together"), "{refused}");
+    db.apply(&property(1).by(n(1), 1)).unwrap();
+    let snapshot = db.encode_snapshot();
+    assert!(snapshot.len() > RECORDS_BYTES_MAX - (1 << 20) && snapshot.len() < RECORDS_BYTES_MAX + (1 << 20));
+}
+
+/// A small record under a new name.
+fn put_next(taken: &mut usize) -> Envelope {
+    *taken += 1;
+    let name = format!("small{taken}");
+    Command::CheckpointPut { name, value: vec![7; 30_000] }.by(n(1), 1)
 }

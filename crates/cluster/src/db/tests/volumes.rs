@@ -206,11 +206,30 @@ fn a_node_withdraws_by_itself_when_its_io_is_over() {
     bed.refused(withdraw(2, 2, 1), "incarnation 2");
     bed.ok(withdraw(2, 1, 1));
     assert_eq!(bed.ok(withdraw(2, 1, 1)), Applied::Unchanged);
+    bed.admit("V", 2);
     bed.assign("V", 2);
     assert_eq!(bed.member("V", 2), (2, MemberState::Admitted));
     bed.refused(withdraw(2, 1, 1), "generation 1");
     bed.ok(withdraw(1, 1, 1));
     bed.online("V", &[]);
+}
+
+/// n1 lost the volume and was fenced before it knew; what its csvfs has under way must not get a new key.
+#[test]
+fn who_was_fenced_gets_no_volume_before_it_has_asked_for_a_new_key() {
+    let mut bed = Bed::nodes(2);
+    bed.volume("V", 1);
+    bed.admit("V", 2);
+    bed.assign("V", 2);
+    bed.online("V", &[(1, 1)]);
+    let why = "n1 is Up: it was fenced from volume V and has not asked to be admitted again";
+    bed.refused(bed.assign_command("V", 1), why);
+    bed.refused(release(&bed, 1), why);
+    assert_eq!(bed.member("V", 1), (1, MemberState::Fenced));
+    bed.admit("V", 1);
+    bed.ok(release(&bed, 1));
+    bed.ok(released(&bed, 2));
+    assert_eq!(bed.member("V", 1), (2, MemberState::Admitted), "it keeps what it asked for");
 }
 
 #[test]

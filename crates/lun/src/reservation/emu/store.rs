@@ -214,7 +214,7 @@ mod tests {
         let file = lun_file(1 << 20);
         let registry = RegistryFile::of(file.path());
         let store = store(file.path());
-        assert_eq!(store.read(PrOp::ReadKeys).unwrap().keys().keys, []);
+        assert!(store.read(PrOp::ReadKeys).unwrap().keys().keys.is_empty());
         fs::write(registry.path(), "csvfs-reservations 1\ngeneration 5\n").unwrap();
         let error = store.settled(PrOp::ReadKeys).unwrap_err();
         assert!(matches!(error, ReservationError::Fatal { .. }), "{error}");

@@ -230,7 +230,7 @@ fn a_path_that_is_down_is_left_out() {
     // It comes back without a registration; taking back works all the same, registering again covers it.
     let a = node_of(ports.clone());
     a.unregister(1).unwrap();
-    assert_eq!(a.read_keys().unwrap().keys, []);
+    assert!(a.read_keys().unwrap().keys.is_empty());
     a.ensure_registered(1).unwrap();
     assert_eq!(a.read_keys().unwrap().keys, [1, 1]);
     for port in &mut ports {
@@ -277,7 +277,30 @@ fn answers_are_sorted_by_what_a_caller_may_do() {
     assert!(matches!(classify(&reply(2, 0, &fixed(5, 0x55, 4))), Answer::Refused(_)));
     assert!(matches!(classify(&reply(2, 0, &fixed(0xb, 0, 0))), Answer::Unknown(_)));
     assert!(matches!(classify(&reply(2, 0, &[])), Answer::Unknown(_)));
+    assert!(matches!(classify(&reply(2, 0, &fixed(2, 8, 0))), Answer::NoCommunication(_)));
+    assert!(matches!(classify(&reply(2, 0, &fixed(2, 4, 1))), Answer::Refused(_)));
     // DID_NO_CONNECT was never sent, DID_TIME_OUT may have been done.
     assert!(matches!(classify(&reply(0, 1, &[])), Answer::Refused(_)));
     assert!(matches!(classify(&reply(0, 3, &[])), Answer::Unknown(_)));
+}
+
+/// Answers every command with the bytes that Linux's target has for an initiator that is not registered.
+#[derive(Debug)]
+struct LinuxTarget;
+
+impl Transport for LinuxTarget {
+    fn send(&self, _: &[u8], _: SgData<'_>) -> io::Result<SgReply> {
+        Ok(check_condition(2, 8, 0))
+    }
+}
+
+#[test]
+fn an_initiator_that_is_not_registered_meets_a_conflict_on_the_linux_target() {
+    let lun = Scsi::new(vec![LinuxTarget], Errors(Arc::from(Path::new("lun"))));
+    let kind = ReservationType::default();
+    for answer in [lun.reserve(1, kind), lun.release(1, kind), lun.clear(1)] {
+        assert!(answer.unwrap_err().is_conflict());
+    }
+    // Reading needs no registration, so there the same bytes are what they say.
+    assert_eq!(lun.read_keys().unwrap_err().kind(), ErrorKind::Rejected);
 }

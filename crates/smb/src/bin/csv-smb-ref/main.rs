@@ -22,7 +22,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 #[command(version)]
 struct Args {
     /// Configuration file of the node; not the coordinator.
-    #[arg(long, default_value = "/etc/csv/csv.toml")]
+    #[arg(long, default_value = "/run/csv/csv.toml")]
     config: PathBuf,
     /// Volume.
     #[arg(long)]
