@@ -3,6 +3,7 @@
 
 use crate::coordinator::Coordinator;
 use crate::dispatch::reclaims;
+use crate::durable::Changes;
 use crate::hidden::MapError;
 use crate::leases::{self, Note};
 use crate::options::SessionRef;
@@ -217,9 +218,14 @@ impl Coordinator {
     async fn run(&self, mut call: Call, op: Option<call::Op>) {
         let keep = op.as_ref().is_some_and(changes_something);
         let reclaims = op.as_ref().is_some_and(reclaims);
+        let changes = op.as_ref().map(Changes::of).unwrap_or_default();
         let result = match op {
             Some(op) => self.perform(&call, op).await,
             None => Err(Fail::new(Errno::NOSYS, "unknown operation; install the same release on all nodes")),
+        };
+        let result = match result {
+            Ok(done) => self.make_durable(&call, &changes).map(|()| done).map_err(Fail::from),
+            failed => failed,
         };
         if reclaims {
             self.reclaims(&mut self.core.lock(), call.at.node);
@@ -230,6 +236,10 @@ impl Coordinator {
                 return;
             }
             Ok(Done::Answer(answer)) => answer,
+            Err(fail) if matches!(fail.errno, Errno::IO | Errno::ROFS) && !(self.options.confirm)() => {
+                call.answered = true;
+                return self.end("the LUN is not this node's any more");
+            }
             Err(fail) => {
                 Answer { errno: fail.errno.raw_os_error(), reason: fail.reason, ..Answer::default() }
             }

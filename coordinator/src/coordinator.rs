@@ -8,7 +8,7 @@ use csv_layout::Extent;
 use csv_layout::table::{Input, LayoutTable, TableConfig, Tick};
 use csv_proto::server_message;
 use csv_types::{ByteRange, FileId, NodeId};
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, RwLock};
 use rustix::io::Errno;
 use std::future::Future;
 use std::sync::{Arc, Weak, mpsc};
@@ -59,6 +59,8 @@ pub struct Coordinator {
     /// Serialises writing of the list of sessions.
     pub(crate) roster: Mutex<crate::grace::Roster>,
     started: Instant,
+    /// Who is in the cluster now.
+    nodes: RwLock<Vec<(NodeId, String)>>,
 }
 
 impl std::fmt::Debug for Coordinator {
@@ -93,6 +95,7 @@ impl Coordinator {
             quiet: Condvar::new(),
             roster: Mutex::default(),
             started: Instant::now(),
+            nodes: RwLock::new(options.nodes.clone()),
             options,
         });
         coordinator.begin_grace().map_err(|errno| StartError::Sessions {
@@ -176,15 +179,24 @@ impl Coordinator {
 
     /// As a power cut: the file system is shut down without flushing its log, and nobody is answered any more.
     pub fn crash(&self) {
+        // First: what fails because of the shutdown is no answer to anybody.
+        self.end("the coordinator crashed");
+        self.shut_down();
+    }
+
+    /// What is not on the LUN stays off it, and the file system is not clean: the next coordinator knows by that.
+    pub(crate) fn shut_down(&self) {
         if let Err(errno) = self.fs.crash() {
             self.event("crash", format!("shutting the file system down failed: {errno}"));
         }
-        self.end("the coordinator crashed");
     }
 
     /// Takes every layout back, settles sizes, makes everything durable, and ends. Blocks, for not much longer than
     /// the lease. Opens and locks are reclaimed at the next coordinator.
-    pub fn stop(&self) {
+    ///
+    /// # Errors
+    /// What the last sync said; the file system was then shut down as in a power cut.
+    pub fn stop(&self) -> Result<(), Errno> {
         let (done, wait) = mpsc::channel();
         self.core.lock().stopping = true;
         self.spawn(|co| async move {
@@ -199,12 +211,13 @@ impl Coordinator {
                 "not every layout came back in time; the next coordinator settles the files".to_owned(),
             );
         }
-        if !self.options.read_only
-            && let Err(errno) = self.fs.syncfs()
-        {
-            self.event("stop", format!("the last sync of the volume failed: {errno}"));
-        }
+        let synced = if self.options.read_only { Ok(()) } else { self.fs.syncfs() };
         self.end("the coordinator stopped");
+        if let Err(errno) = synced {
+            self.event("stop", format!("the last sync of the volume failed: {errno}"));
+            self.shut_down();
+        }
+        synced
     }
 
     pub(crate) fn end(&self, why: &str) {
@@ -290,7 +303,24 @@ impl Coordinator {
 
     /// A node's name for people.
     pub(crate) fn name(&self, node: NodeId) -> String {
-        let found = self.options.nodes.iter().find(|(id, _)| *id == node);
+        let nodes = self.nodes.read();
+        let found = nodes.iter().find(|(id, _)| *id == node);
         found.map_or_else(|| node.to_string(), |(_, name)| name.clone())
+    }
+
+    /// Nodes have joined or left the cluster. Whoever is not in the list any more cannot connect again; what it has is
+    /// ended by [`Coordinator::nodes_gone`].
+    pub fn set_nodes(&self, nodes: Vec<(NodeId, String)>) {
+        *self.nodes.write() = nodes;
+    }
+
+    /// Is that a node of the cluster?
+    pub(crate) fn is_known(&self, node: NodeId) -> bool {
+        self.nodes.read().iter().any(|(known, _)| *known == node)
+    }
+
+    /// The node that has one of these names.
+    pub(crate) fn node_named(&self, names: &[String]) -> Option<NodeId> {
+        self.nodes.read().iter().find(|(_, name)| names.contains(name)).map(|(node, _)| *node)
     }
 }

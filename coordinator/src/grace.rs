@@ -34,10 +34,12 @@ impl Coordinator {
     pub(crate) fn begin_grace(&self) -> Result<(), Errno> {
         let mut nodes = self.read_roster()?;
         self.roster.lock().nodes.clone_from(&nodes);
-        for gone in &self.options.gone {
-            if nodes.remove(gone) {
-                self.event("grace-gone", format!("{} is fenced and not waited for", self.name(*gone)));
-                let gone = *gone;
+        let unknown = |node: &NodeId| !self.is_known(*node);
+        let gone: Vec<NodeId> =
+            nodes.iter().filter(|node| self.options.gone.contains(node) || unknown(node)).copied().collect();
+        for gone in gone {
+            if nodes.remove(&gone) {
+                self.event("grace-gone", format!("{} is not waited for", self.name(gone)));
                 self.spawn(|co| async move { co.delist(gone) });
             }
         }

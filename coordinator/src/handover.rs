@@ -10,6 +10,9 @@
 //!    one. Calls that are being carried out are finished and answered; so is block I/O of other nodes.
 //! 3. Everything is written and every session's connection is closed.
 //!
+//! When something cannot be written, the file system is shut down as in a power cut: a clean unmount would hide from the
+//! next coordinator that data was lost which nobody has been told of.
+//!
 //! A call that is not finished in time is not answered: its node asks the next coordinator what became of it, as after a
 //! crash.
 
@@ -25,7 +28,7 @@ use std::time::{Duration, Instant};
 pub struct HandedOver {
     /// Calls and block I/O that were not finished in time.
     pub unfinished: usize,
-    /// Everything is on the LUN; else what the last sync said.
+    /// Everything is on the LUN; else what the last sync said, and the file system was shut down as in a power cut.
     pub synced: Result<(), Errno>,
 }
 
@@ -52,6 +55,9 @@ impl Coordinator {
         };
         let synced = early.and_then(|()| if self.options.read_only { Ok(()) } else { self.fs.syncfs() });
         self.end("the volume moves to another node");
+        if synced.is_err() {
+            self.shut_down();
+        }
         HandedOver { unfinished, synced }
     }
 

@@ -17,7 +17,7 @@
 //! coordinator.map_path(&[u8]) -> Result<Vec<csv_layout::Extent>, Errno>   blocking
 //! coordinator.fs() -> &HiddenFs
 //! coordinator.crash()                                    as a power cut
-//! coordinator.stop()                                     blocking: recalls, settles, syncs
+//! coordinator.stop()?                                    blocking: recalls, settles, syncs
 //! coordinator.hand_over(limit) -> HandedOver             blocking: ends the calls, syncs, recalls nothing
 //! coordinator.nodes_gone(&[NodeId])                      they are fenced
 //! grpc::serve(grpc::Place, std::net::TcpListener, grpc::TlsFiles{ca,cert,key}, shutdown: watch::Receiver<bool>)
@@ -46,6 +46,7 @@ mod block;
 mod calls;
 mod coordinator;
 mod dispatch;
+mod durable;
 mod eof;
 mod exec;
 mod gets;
@@ -72,4 +73,4 @@ mod tests;
 pub use block::BlockGuard;
 pub use coordinator::{Coordinator, StartError};
 pub use handover::HandedOver;
-pub use options::{EventSink, Fence, FsKind, Limits, Options, Order, Outbox, Refusal, SessionRef};
+pub use options::{Confirm, EventSink, Fence, FsKind, Limits, Options, Order, Outbox, Refusal, SessionRef};

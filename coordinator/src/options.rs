@@ -24,6 +24,10 @@ pub type EventSink = Arc<dyn Fn(&str, String) + Send + Sync>;
 /// when it cannot be done here: the coordinator then waits until the node's lease is over.
 pub type Fence = Arc<dyn Fn(NodeId) -> bool + Send + Sync>;
 
+/// Is the LUN still this node's to write? Asked when the file system fails, before anybody is told: on a node that was
+/// fenced everything fails, and it is the next coordinator that knows the answers. May block.
+pub type Confirm = Arc<dyn Fn() -> bool + Send + Sync>;
+
 /// Everything that a coordinator needs to know.
 #[derive(Clone)]
 pub struct Options {
@@ -48,7 +52,7 @@ pub struct Options {
     pub recall_ms: u64,
     /// Bounds.
     pub limits: Limits,
-    /// All nodes of the cluster with their names.
+    /// All nodes of the cluster with their names, at the start.
     pub nodes: Vec<(NodeId, String)>,
     /// Nodes that are known to be unable to write the LUN: what they held is free, nobody waits for them.
     pub gone: Vec<NodeId>,
@@ -64,6 +68,8 @@ pub struct Options {
     pub on_event: EventSink,
     /// How a node is fenced.
     pub fence: Fence,
+    /// Whether this node is.
+    pub confirm: Confirm,
 }
 
 impl fmt::Debug for Options {

@@ -92,7 +92,7 @@ impl Coordinator {
             let text = format!("this is volume {}, not {}", self.options.volume_name, hello.volume);
             return Err(Refusal { errno: Errno::NODEV, reason: text });
         }
-        if hello.node != node.0 || !self.options.nodes.iter().any(|(known, _)| *known == node) {
+        if hello.node != node.0 || !self.is_known(node) {
             return Err(refuse(
                 Errno::ACCESS,
                 "the node in Hello is not the one of the connection, or is not configured",

@@ -96,9 +96,11 @@ fn handle(app: &Arc<App>, request: Request) -> Result<Answer> {
             order(app, proto::AdminOrder { redirect: None, maintenance: Some(on), node: None })
         }
         Request::Fault { fault, .. } => {
-            let lun = app.client.modes.lun().context(
-                "this node has no path to the LUN at all (no `lun` in csv.toml), so there is none to fail or heal",
-            )?;
+            let lun = app
+                .client
+                .modes
+                .lun()
+                .context("this node has no path to the LUN at all, so there is none to fail or heal")?;
             lun.set_fault(fault);
             Ok(Answer::Ok)
         }
@@ -107,6 +109,7 @@ fn handle(app: &Arc<App>, request: Request) -> Result<Answer> {
         Request::Events { after } => Ok(Answer::Events { events: app.client.events.after(after) }),
         Request::Role { order, .. } => app.role_order(order).map(|()| Answer::Ok),
         Request::RoleStatus { .. } => Ok(Answer::Role { status: app.role_status() }),
+        Request::Cluster { .. } => anyhow::bail!("csvfs knows nothing of the cluster; ask csvd"),
         Request::Fence { .. } => anyhow::bail!("csvfs fences nobody; ask csvd"),
         Request::Stop => {
             app.stop_soon();

@@ -1,8 +1,7 @@
 //! Puts a volume together on this node and takes it apart again.
 //!
 //! Start: the LUN is opened (if there is a path) and its label checked, the FUSE mount is made and served, the control
-//! service listens, smbd stands by. Then somebody says what this node is to be for the volume ([`crate::role`]): csvd, or
-//! csv.toml where membership is fixed.
+//! service listens, smbd stands by. Then csvd says what this node is to be for the volume ([`crate::role`]).
 //!
 //! Whatever fails before the mount is served ends the process with an error that says what to do; csvd starts it
 //! again later.
@@ -12,14 +11,16 @@ use crate::client::{ClientOptions, VolumeClient};
 use crate::events::Events;
 use crate::fuse::device::Device;
 use crate::fuse::hidden::Hidden;
+use crate::gate::Gate;
+use crate::heartbeat::Heartbeat;
 use crate::role::Role;
-use crate::takeover::{mount_note, open_labelled};
+use crate::takeover::{mark_unused, open_labelled};
 use crate::{admin, export, fuse};
 use anyhow::{Context, Result, bail};
 use csv_coordinator::grpc::Place;
 use csv_lun::Lun;
 use csv_proto as proto;
-use csv_types::admin::{Answer, RoleOrder, TakeOrder};
+use csv_types::admin::{Answer, RoleKind};
 use csv_types::config::{Config, NodeConfig, VolumeConfig};
 use csv_types::{Epoch, NodeId};
 use parking_lot::{Condvar, Mutex, RwLock};
@@ -49,7 +50,13 @@ pub(crate) struct App {
     pub(crate) volume: VolumeConfig,
     pub(crate) client: Arc<VolumeClient>,
     pub(crate) role: Mutex<Role>,
+    /// What the role was when the last order had been carried out: for whoever must not wait for the present one.
+    pub(crate) role_noted: Mutex<RoleKind>,
+    pub(crate) gate: Gate,
+    pub(crate) heartbeat: Heartbeat,
     pub(crate) last_epoch: Mutex<Epoch>,
+    /// Names this process to coordinators: one that knows it goes on with what it held.
+    session: uuid::Uuid,
     pub(crate) nodes: RwLock<Nodes>,
     pub(crate) hidden: Arc<Hidden>,
     pub(crate) place: Place,
@@ -92,6 +99,7 @@ pub(crate) fn run(config: Config, volume: &str) -> Result<()> {
     let app = start(config, volume)?;
     app.watch_signals()?;
     app.tick()?;
+    app.start_heartbeat()?;
     let served = app.serve();
     *app.served.0.lock() = true;
     app.served.1.notify_all();
@@ -125,7 +133,11 @@ fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
         .context("cannot start the network threads")?;
     let app = Arc::new(App {
         role: Mutex::default(),
+        role_noted: Mutex::new(RoleKind::Nobody),
+        gate: Gate::default(),
+        heartbeat: Heartbeat::default(),
         last_epoch: Mutex::new(Epoch(0)),
+        session: uuid::Uuid::new_v4(),
         nodes: RwLock::new(Nodes { all: config.nodes.clone(), owner: None }),
         hidden: Arc::new(Hidden::new(client.clone())),
         place: Place::default(),
@@ -140,22 +152,14 @@ fn start(config: Config, volume: VolumeConfig) -> Result<Arc<App>> {
         runtime,
     });
     export::control(&app.runtime, &app.config, &app.volume, app.place.clone())?;
-    app.role_by_configuration()?;
     admin::serve(&app, &socket)?;
     Ok(app)
 }
 
 fn open_lun(config: &Config, volume: &VolumeConfig, events: &Events) -> Result<Option<Arc<Lun>>> {
-    let is_coordinator = volume.coordinator.as_ref() == Some(&config.local.node);
-    let Some(path) = &volume.lun else {
-        if is_coordinator {
-            bail!("this node coordinates {} but csv.toml names no `lun` for it here", volume.name);
-        }
-        return Ok(None);
-    };
+    let Some(path) = &volume.lun else { return Ok(None) };
     match open_labelled(config, volume, path) {
         Ok(lun) => Ok(Some(lun)),
-        Err(error) if is_coordinator => Err(error),
         // A data server works without a path, by redirection, and says why.
         Err(error) => {
             events.report("no-lun", format!("the LUN cannot be used here, I/O is redirected: {error:#}"));
@@ -170,30 +174,9 @@ impl App {
             protocol_version: proto::PROTOCOL_VERSION,
             node: self.client.node.0,
             volume: self.volume.name.clone(),
-            session: bytes::Bytes::copy_from_slice(uuid::Uuid::new_v4().as_bytes()),
+            session: bytes::Bytes::copy_from_slice(self.session.as_bytes()),
             last_epoch: 0,
         }
-    }
-
-    /// Where csv.toml says who coordinates the volume, nobody else does.
-    fn role_by_configuration(self: &Arc<Self>) -> Result<()> {
-        let Some(name) = &self.volume.coordinator else { return Ok(()) };
-        let owner = self.config.node(name).context("checked at parsing")?.clone();
-        let nodes = self.config.nodes.clone();
-        if owner.id != self.client.node {
-            return self.role_order(RoleOrder::Follow { epoch: Epoch(0), owner, nodes });
-        }
-        let lun = self.client.modes.lun().context("no LUN")?;
-        let label = csv_lun::label::read_label(&lun)?.context("the LUN has no label any more")?;
-        self.role_order(RoleOrder::Take(TakeOrder {
-            epoch: Epoch(label.epoch.0.saturating_add(1)),
-            nodes,
-            gone: Vec::new(),
-            certain: false,
-            redirect_all: false,
-            redirect_nodes: Vec::new(),
-            maintenance: false,
-        }))
     }
 
     /// Who is in the cluster now.
@@ -230,7 +213,6 @@ impl App {
             .spawn(move || {
                 while !app.stopping.load(Ordering::Acquire) {
                     app.client.report_status();
-                    app.beat();
                     std::thread::sleep(TICK);
                 }
             })
@@ -252,24 +234,6 @@ impl App {
             })
             .context("cannot start a thread")?;
         Ok(())
-    }
-
-    /// The coordinator's heartbeat in the label. Another epoch there means that another node has taken the volume:
-    /// this one must not touch it any more.
-    fn beat(self: &Arc<Self>) {
-        // While orders are carried out there is nothing to beat for.
-        let Some(mut role) = self.role.try_lock() else { return };
-        let Role::Owner(owner) = &*role else { return };
-        let Some(lun) = self.client.modes.lun() else { return };
-        match csv_lun::label::beat(&lun, owner.coordinator.options().epoch) {
-            Ok(_) => {}
-            Err(error @ csv_lun::LabelIoError::Stale { .. }) => {
-                let text = format!("{error}; the file system here ends without writing");
-                self.client.events.report("volume-lost", text);
-                self.lose(&mut role);
-            }
-            Err(error) => tracing::warn!(%error, "heartbeat"),
-        }
     }
 
     fn watch_signals(self: &Arc<Self>) -> Result<()> {
@@ -325,9 +289,11 @@ impl App {
         }
         self.device.unmount();
         if let Role::Owner(owner) = &*self.role.lock() {
-            owner.coordinator.stop();
-            if let Some(lun) = self.client.modes.lun() {
-                let _ = csv_lun::label::mark_unused(&lun, owner.coordinator.options().epoch);
+            if owner.coordinator.stop().is_err() {
+                // Not marked as unused: the next owner has to know that something was lost.
+                self.forget_mount();
+            } else if let Some(lun) = self.client.modes.lun() {
+                let _ = mark_unused(&lun, owner.coordinator.options().epoch);
             }
         }
         let _ = std::fs::remove_file(self.config.local.run_dir.join(format!("{}.sock", self.volume.name)));
@@ -339,8 +305,7 @@ impl App {
         if let Some(role) = self.role.try_lock_for(CRASH_WAIT)
             && let Role::Owner(owner) = &*role
         {
-            // After a power cut the boot is another; here it is not.
-            let _ = std::fs::remove_file(mount_note(&self.config, &self.volume.name));
+            self.forget_mount();
             owner.coordinator.crash();
         }
         self.end_now();

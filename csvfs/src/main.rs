@@ -9,6 +9,8 @@ mod client;
 mod events;
 mod export;
 mod fuse;
+mod gate;
+mod heartbeat;
 mod link;
 mod pool;
 mod role;

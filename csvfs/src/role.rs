@@ -9,16 +9,17 @@
 //!
 //! The FUSE session, open files and held layouts stay whatever happens here: the client's link is swapped, and calls wait
 //! meanwhile. Orders are carried out one at a time; each may come again and is then answered at once. Orders of an
-//! earlier epoch than the last one are refused: they were overtaken.
+//! earlier epoch than the last one are refused: they were overtaken. Two things do not wait for the order that is being
+//! carried out: Suspend stops this node's direct I/O at once (its turn is for the rest), and the status is told.
 //!
-//! When the owner cannot let go of the file system in time (something hangs in the kernel), the process ends: that
-//! takes the mount with it.
+//! When the owner cannot let go of the file system in time (something hangs in the kernel), or a Suspend does not get its
+//! turn in time, the process ends: that takes the mount with it.
 
 use crate::app::App;
 use crate::fuse::hidden::Open;
-use crate::takeover::{Takeover, mount_note};
+use crate::takeover::{Takeover, mark_unused, mount_note};
 use crate::{export, link};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use csv_coordinator::Coordinator;
 use csv_types::admin::{RoleKind, RoleOrder, RoleStatus, TakeOrder};
 use csv_types::config::NodeConfig;
@@ -54,6 +55,16 @@ pub(crate) struct Owner {
     local: link::local::Local,
 }
 
+impl Role {
+    fn kind(&self) -> RoleKind {
+        match self {
+            Role::Nobody => RoleKind::Nobody,
+            Role::Owner(owner) => RoleKind::Owner { epoch: owner.coordinator.options().epoch },
+            Role::Follower { epoch, owner, .. } => RoleKind::Follower { epoch: *epoch, owner: *owner },
+        }
+    }
+}
+
 /// How an ownership ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum End {
@@ -66,12 +77,25 @@ enum End {
 impl App {
     /// Carries an order out.
     pub(crate) fn role_order(self: &Arc<Self>, order: RoleOrder) -> Result<()> {
+        if let RoleOrder::Suspend { reason } = order {
+            return self.suspend(reason);
+        }
         let mut role = self.role.lock();
+        let done = self.carry_out(&mut role, order);
+        *self.role_noted.lock() = role.kind();
+        done
+    }
+
+    fn carry_out(self: &Arc<Self>, role: &mut Role, order: RoleOrder) -> Result<()> {
         match order {
-            RoleOrder::Take(order) => self.take(&mut role, &order),
-            RoleOrder::HandOver { epoch } => self.hand_over(&mut role, epoch),
-            RoleOrder::Follow { epoch, owner, nodes } => self.follow(&mut role, epoch, &owner, nodes),
-            RoleOrder::Gone { epoch, nodes } => match &*role {
+            RoleOrder::Take(order) => self.take(role, &order),
+            RoleOrder::HandOver { epoch } => self.hand_over(role, epoch),
+            RoleOrder::Follow { epoch, owner, nodes, key, unregistered } => {
+                self.set_key(key);
+                self.client.modes.unregistered(unregistered);
+                self.follow(role, epoch, &owner, nodes)
+            }
+            RoleOrder::Gone { epoch, nodes } => match role {
                 Role::Owner(owner) if owner.coordinator.options().epoch == epoch => {
                     owner.coordinator.nodes_gone(&nodes);
                     Ok(())
@@ -80,17 +104,46 @@ impl App {
                     bail!("this node does not coordinate {} in epoch {epoch}", self.volume.name)
                 }
             },
-            RoleOrder::Suspend { reason } => {
-                if !self.client.is_suspended() {
-                    let text = format!("direct I/O stops, and so does a coordinator here: {reason}");
-                    self.client.events.report("suspended", text);
+            RoleOrder::Nodes { nodes } => {
+                if let Role::Owner(owner) = role {
+                    let named = nodes.iter().map(|node| (node.id, node.name.clone())).collect();
+                    owner.coordinator.set_nodes(named);
                 }
-                self.client.suspend(reason);
-                self.leave(&mut role, End::Lost)?;
-                self.wait_quiet();
+                self.nodes.write().all = nodes;
                 Ok(())
             }
+            RoleOrder::Suspend { reason } => bail!("{reason}: not in its turn"),
         }
+    }
+
+    /// Another node may write soon: this node's I/O stops before anything else is waited for.
+    fn suspend(&self, reason: String) -> Result<()> {
+        let text = format!("direct I/O stops, and so does a coordinator here: {reason}");
+        let before = self.client.is_suspended();
+        let _stop = self.gate.close(|| self.client.suspend(reason));
+        if !before {
+            self.client.events.report("suspended", text);
+        }
+        let Some(mut role) = self.role.try_lock_for(RELEASE_LIMIT) else {
+            let text = "an order does not end, and I/O has to stop; csvfs ends".into();
+            self.client.events.report("order-stuck", text);
+            self.end_now();
+            bail!("csvfs ends");
+        };
+        let left = self.leave(&mut role, End::Lost);
+        if left.is_ok() {
+            self.wait_quiet();
+        }
+        *self.role_noted.lock() = role.kind();
+        left
+    }
+
+    /// Direct I/O may go on; not so when it was stopped since the order came.
+    fn resume(&self) -> Result<()> {
+        if !self.gate.open(|| self.client.resume()) {
+            bail!("I/O has to stop on this node");
+        }
+        Ok(())
     }
 
     fn take(self: &Arc<Self>, role: &mut Role, order: &TakeOrder) -> Result<()> {
@@ -102,14 +155,28 @@ impl App {
             }
         }
         self.not_late(order.epoch)?;
+        self.set_key(order.key);
+        self.client.modes.unregistered(false);
         let lun = self.client.modes.lun().context("this node has no path to the volume's LUN")?;
         self.leave(role, End::Lost)?;
         self.set_nodes(order.nodes.clone(), Some(self.client.node));
-        let takeover =
-            Takeover { config: &self.config, volume: &self.volume, client: &self.client, lun: &lun };
+        let takeover = Takeover {
+            config: &self.config,
+            volume: &self.volume,
+            client: &self.client,
+            lun: &lun,
+            heartbeat: &self.heartbeat,
+        };
         let coordinator = takeover.run(order)?;
         self.seen(order.epoch);
-        self.client.resume();
+        let lost = !self.heartbeat.mounted(&coordinator);
+        let resumed = if lost { Err(anyhow!("another node has taken the volume")) } else { self.resume() };
+        if let Err(error) = resumed {
+            self.forget_mount();
+            coordinator.crash();
+            self.unmount(coordinator);
+            return Err(error);
+        }
         self.client.set_coordinator(true);
         let open = self.hidden.open(coordinator.clone(), lun);
         let local = match link::local::connect(&self.client, &coordinator, self.hello()) {
@@ -117,7 +184,10 @@ impl App {
             Err(error) => {
                 self.client.set_coordinator(false);
                 self.hidden.close(&open, RELEASE_LIMIT);
-                coordinator.stop();
+                if coordinator.stop().is_err() {
+                    self.forget_mount();
+                }
+                self.unmount(coordinator);
                 return Err(error);
             }
         };
@@ -156,7 +226,7 @@ impl App {
         if let Role::Follower { epoch: now, owner: whom, .. } = &*role
             && (*now, *whom) == (epoch, owner.id)
         {
-            self.client.resume();
+            self.resume()?;
             self.set_nodes(nodes, Some(owner.id));
             return Ok(());
         }
@@ -166,7 +236,7 @@ impl App {
         self.not_late(epoch)?;
         self.leave(role, End::Lost)?;
         self.seen(epoch);
-        self.client.resume();
+        self.resume()?;
         self.set_nodes(nodes, Some(owner.id));
         self.reach_smb(owner)?;
         let target = link::remote::Target {
@@ -178,6 +248,13 @@ impl App {
         let task = self.runtime.spawn(link::remote::keep(self.client.clone(), target, tls));
         *role = Role::Follower { epoch, owner: owner.id, task };
         Ok(())
+    }
+
+    /// By the key the LUN's layer tells a fence from a path that failed.
+    fn set_key(&self, key: Option<u64>) {
+        if let Some(lun) = self.client.modes.lun() {
+            lun.set_reservation_key(key);
+        }
     }
 
     fn reach_smb(&self, owner: &NodeConfig) -> Result<()> {
@@ -197,6 +274,7 @@ impl App {
         if let Err(error) = self.leave(role, End::Lost) {
             tracing::error!(%error, "leaving the volume");
         }
+        *self.role_noted.lock() = role.kind();
     }
 
     /// Ends what the node is now.
@@ -219,8 +297,7 @@ impl App {
         self.place.clear();
         // Block I/O of other nodes first: what they repeat elsewhere must not happen here any more.
         if how == End::Lost {
-            // After a power cut the boot is another; here it is not.
-            let _ = std::fs::remove_file(mount_note(&self.config, &self.volume.name));
+            self.forget_mount();
             coordinator.crash();
         }
         if !self.hidden.close(&open, DRAIN_LIMIT) {
@@ -236,17 +313,16 @@ impl App {
                 self.client.events.report("hand-over", text);
             }
             if let Err(errno) = went.synced {
+                self.forget_mount();
                 self.client.events.report("hand-over", format!("the last sync failed: {errno}"));
             }
         }
         self.client.set_coordinator(false);
         local.end();
         self.client.chan.unlinked();
-        let weak = Arc::downgrade(&coordinator);
-        drop(coordinator);
-        self.wait_unmounted(&weak);
+        self.unmount(coordinator);
         if clean && let Some(lun) = self.client.modes.lun() {
-            csv_lun::label::mark_unused(&lun, epoch)?;
+            mark_unused(&lun, epoch)?;
         }
         let text = match how {
             End::HandOver => format!("handed over after {} ms, epoch {epoch}", began.elapsed().as_millis()),
@@ -254,6 +330,12 @@ impl App {
         };
         self.client.events.report("coordinator-left", text);
         Ok(())
+    }
+
+    /// The file system was shut down with data that is not on the LUN. After a power cut the boot is another one, which the
+    /// next owner sees by the note; here it is not.
+    pub(crate) fn forget_mount(&self) {
+        let _ = std::fs::remove_file(mount_note(&self.config, &self.volume.name));
     }
 
     /// Waits until nothing is under way on the LUN. What never ends there ends with the process.
@@ -269,19 +351,26 @@ impl App {
         }
     }
 
-    /// What this node is now, for csvd. While an order is carried out: nobody yet.
+    /// What this node is now, for csvd, without waiting. While an order is carried out: what it was before, and not suspended,
+    /// because there may be a file system that is being mounted or unmounted.
     pub(crate) fn role_status(&self) -> RoleStatus {
         let (mode, _) = self.client.modes.current();
+        let role = self.role.try_lock();
         RoleStatus {
-            role: match &*self.role.lock() {
-                Role::Nobody => RoleKind::Nobody,
-                Role::Owner(owner) => RoleKind::Owner { epoch: owner.coordinator.options().epoch },
-                Role::Follower { epoch, owner, .. } => RoleKind::Follower { epoch: *epoch, owner: *owner },
-            },
-            suspended: self.client.is_suspended(),
+            role: role.as_ref().map_or_else(|| *self.role_noted.lock(), |role| role.kind()),
+            suspended: role.is_some() && self.client.is_suspended(),
             refused_by_lun: self.client.is_refused_by_lun(),
+            unregistered: self.client.modes.is_unregistered(),
             mode,
         }
+    }
+
+    /// Gives the last reference up. The heartbeat ends when the file system is unmounted.
+    fn unmount(&self, coordinator: Arc<Coordinator>) {
+        let weak = Arc::downgrade(&coordinator);
+        drop(coordinator);
+        self.wait_unmounted(&weak);
+        self.heartbeat.end();
     }
 
     /// Waits until nobody has the file system mounted. The kernel tells nobody when it is done, so it is asked.

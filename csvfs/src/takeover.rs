@@ -4,6 +4,7 @@
 //! Whatever fails leaves nothing mounted; the epoch may be used up.
 
 use crate::client::VolumeClient;
+use crate::heartbeat::Heartbeat;
 use anyhow::{Context, Result, bail};
 use csv_coordinator::{Coordinator, FsKind};
 use csv_lun::{Lun, LunOptions};
@@ -43,7 +44,12 @@ pub(crate) fn open_labelled(config: &Config, volume: &VolumeConfig, path: &Path)
         );
     }
     if label.name != volume.name {
-        bail!("{} is volume {}, not {}; correct `lun` in csv.toml", path.display(), label.name, volume.name);
+        bail!(
+            "{} is volume {}, not {}; correct [local.luns] in /etc/csv/csv.toml of this node and start csvd again",
+            path.display(),
+            label.name,
+            volume.name
+        );
     }
     Ok(Arc::new(lun))
 }
@@ -54,11 +60,20 @@ pub(crate) struct Takeover<'a> {
     pub(crate) volume: &'a VolumeConfig,
     pub(crate) client: &'a Arc<VolumeClient>,
     pub(crate) lun: &'a Arc<Lun>,
+    pub(crate) heartbeat: &'a Heartbeat,
 }
 
 impl Takeover<'_> {
-    /// Carries the order out.
+    /// Carries the order out. The heartbeat goes on afterwards, unless it fails: then nothing is mounted.
     pub(crate) fn run(&self, order: &TakeOrder) -> Result<Arc<Coordinator>> {
+        let taken = self.mount(order);
+        if taken.is_err() {
+            self.heartbeat.end();
+        }
+        taken
+    }
+
+    fn mount(&self, order: &TakeOrder) -> Result<Arc<Coordinator>> {
         let name = &self.volume.name;
         let me = self.client.node;
         let device = self.volume.lun.clone().context("no LUN")?;
@@ -69,7 +84,11 @@ impl Takeover<'_> {
         if label.in_use && label.owner != me && !order.certain {
             self.refuse_in_use_elsewhere(&label, order)?;
         }
-        csv_lun::label::begin_epoch(self.lun, me, order.epoch)?;
+        {
+            let _one = WRITING.lock();
+            csv_lun::label::begin_epoch(self.lun, me, order.epoch)?;
+        }
+        self.heartbeat.begin(order.epoch);
         // What this node's page cache knows of the LUN is older than what other coordinators wrote.
         self.lun.drop_page_cache()?;
         let unsynced_lost = self.unsynced_lost(&label)?;
@@ -100,6 +119,7 @@ impl Takeover<'_> {
             own_node: me,
             on_event: Arc::new(move |kind, message| events.report(kind, message)),
             fence: self.fence(order.epoch),
+            confirm: self.confirm(order.epoch),
         };
         Coordinator::start(options).with_context(|| format!("volume {name} cannot be taken"))
     }
@@ -117,8 +137,8 @@ impl Takeover<'_> {
             let name = order.nodes.iter().find(|node| node.id == now.owner);
             let name = name.map_or_else(|| now.owner.to_string(), |node| node.name.clone());
             bail!(
-                "volume {} is mounted on node {name} right now (epoch {}); stop csvd there first, or correct \
-                 `coordinator` in csv.toml",
+                "volume {0} is mounted on node {name} right now (epoch {1}); stop csvd there, or its \
+                 csvfs if csvd is gone, then `csvctl volume online {0}` has it taken again",
                 now.name,
                 now.epoch
             );
@@ -126,19 +146,32 @@ impl Takeover<'_> {
         Ok(())
     }
 
-    /// Did the last ownership end without writing back what was not synced? ext4 tells by its superblock. XFS does not:
-    /// there a csvfs that was only killed (same node, same boot: the kernel has unmounted and written back) is told from
-    /// a power cut by a note of the boot; whatever is not certain counts as lost.
+    /// Did the last ownership end without writing back what was not synced? See [`may_have_lost`].
     fn unsynced_lost(&self, label: &Label) -> Result<bool> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
         let note = mount_note(self.config, &self.volume.name);
         let same_boot = !boot.is_empty() && std::fs::read_to_string(&note).is_ok_and(|noted| noted == boot);
-        let lost = match csv_lun::probe::ext4_needs_recovery(self.lun)? {
-            Some(needs_recovery) => needs_recovery,
-            None => label.in_use && !(label.owner == self.client.node && same_boot),
-        };
+        let only_killed = label.owner == self.client.node && same_boot;
+        let lost = may_have_lost(csv_lun::probe::ext4_needs_recovery(self.lun)?, label.in_use, only_killed);
         std::fs::write(&note, boot).with_context(|| format!("cannot write {}", note.display()))?;
         Ok(lost)
+    }
+
+    /// The label can be written by whoever owns the volume, and by nobody else.
+    fn confirm(&self, epoch: Epoch) -> csv_coordinator::Confirm {
+        let (lun, client) = (self.lun.clone(), self.client.clone());
+        Arc::new(move || match beat(&lun, epoch) {
+            Ok(()) => true,
+            Err(error) => {
+                client.events.report("disk-lost", format!("nobody is answered here any more: {error}"));
+                if let csv_lun::LabelIoError::Lun(lost) = &error
+                    && matches!(client.direct_failed(lost), Ok(()))
+                {
+                    return false;
+                }
+                !matches!(error, csv_lun::LabelIoError::Stale { .. })
+            }
+        })
     }
 
     /// The majority decides who is fenced, so csvd is asked.
@@ -160,6 +193,29 @@ impl Takeover<'_> {
     }
 }
 
+/// ext4 tells by its superblock that its journal was not written back, XFS does not. Neither tells that data could not be
+/// written: that label stays in use, as after any end that was not in good order. Only a csvfs that was killed (same node,
+/// same boot: the kernel has unmounted and written back) has lost nothing; it is told from a power cut by a note of the
+/// boot. Whatever is not certain counts as lost.
+fn may_have_lost(ext4_needs_recovery: Option<bool>, in_use: bool, only_killed: bool) -> bool {
+    ext4_needs_recovery == Some(true) || (in_use && !only_killed)
+}
+
+/// The label has one writer at a time.
+static WRITING: parking_lot::Mutex<()> = parking_lot::Mutex::new(());
+
+/// Counts the heartbeat in the label up.
+pub(crate) fn beat(lun: &Lun, epoch: Epoch) -> std::result::Result<(), csv_lun::LabelIoError> {
+    let _one = WRITING.lock();
+    csv_lun::label::beat(lun, epoch).map(drop)
+}
+
+/// Marks the volume as unused in the label.
+pub(crate) fn mark_unused(lun: &Lun, epoch: Epoch) -> std::result::Result<(), csv_lun::LabelIoError> {
+    let _one = WRITING.lock();
+    csv_lun::label::mark_unused(lun, epoch)
+}
+
 /// Where this node notes that it has the volume mounted, and since which boot.
 pub(crate) fn mount_note(config: &Config, volume: &str) -> PathBuf {
     config.local.state_dir.join(format!("{volume}.mounted"))
@@ -177,8 +233,29 @@ fn ask_csvd(socket: &Path, request: &Request) -> Result<()> {
     match serde_json::from_str(&answer).context("csvd's answer is not understood")? {
         Answer::Ok => Ok(()),
         Answer::Error { message } => bail!(message),
-        other @ (Answer::Role { .. } | Answer::State { .. } | Answer::Map { .. } | Answer::Events { .. }) => {
+        other @ (Answer::Role { .. }
+        | Answer::Cluster { .. }
+        | Answer::State { .. }
+        | Answer::Map { .. }
+        | Answer::Events { .. }) => {
             bail!("csvd answered {other:?}")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_an_end_in_good_order_or_a_kill_has_lost_nothing() {
+        for ext4 in [Some(false), None] {
+            assert!(!may_have_lost(ext4, false, false), "handed over");
+            assert!(!may_have_lost(ext4, true, true), "csvfs was killed, on this node and in this boot");
+            assert!(may_have_lost(ext4, true, false), "a sync failed, or the end is not known");
+        }
+        for (in_use, only_killed) in [(false, false), (true, true), (true, false)] {
+            assert!(may_have_lost(Some(true), in_use, only_killed), "the journal was not written back");
         }
     }
 }

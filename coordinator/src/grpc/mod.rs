@@ -47,7 +47,9 @@ pub enum ServeError {
     #[error("the control service cannot use its socket: {0}")]
     Socket(std::io::Error),
     /// A certificate, key or authority.
-    #[error("{file}: {reason}; make the node's certificates anew or correct secrets_dir in csv.toml")]
+    #[error(
+        "{file}: {reason}; correct `secrets_dir` in /etc/csv/csv.toml, or run `csvctl cluster rejoin` with a token of another node, which makes the node's certificate anew"
+    )]
     Secrets {
         /// Which file.
         file: String,
@@ -130,9 +132,8 @@ fn peer(coordinator: &Coordinator, request: &Request<Streaming<ClientMessage>>) 
     let certs =
         request.peer_certs().ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
     let names = certs.first().map(|cert| tls::dns_names(cert)).unwrap_or_default();
-    let nodes = &coordinator.options().nodes;
-    if let Some((node, _)) = nodes.iter().find(|(_, name)| names.contains(name)) {
-        return Ok(*node);
+    if let Some(node) = coordinator.node_named(&names) {
+        return Ok(node);
     }
     let text = format!("a certificate for {names:?} is no node's of this cluster; it was refused");
     coordinator.event("peer-refused", text.clone());

@@ -63,6 +63,12 @@ impl HiddenFs {
         Err(Errno::BUSY)
     }
 
+    /// As after a flush that failed.
+    #[cfg(test)]
+    pub(crate) fn fail_flushes(&self) {
+        self.flush_failed.store(true, Ordering::SeqCst);
+    }
+
     /// Passes a flush's result on, and keeps a failure for ever.
     pub(super) fn latch(&self, result: Result<()>) -> Result<()> {
         if result == Err(Errno::IO) && !self.flush_failed.swap(true, Ordering::SeqCst) {

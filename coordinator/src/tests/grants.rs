@@ -125,7 +125,7 @@ fn the_end_of_file_moves_under_its_right_and_is_settled() {
         assert_eq!(taken.size, 4060);
         assert!(b.recalls().iter().any(|recall| recall.end == u64::MAX));
         a.grew(file, 5010);
-        rig.co().stop();
+        rig.co().stop().unwrap();
         let fs = rig.co().fs();
         assert_eq!((fs.logical_size(file).unwrap(), fs.attr(file).unwrap().size), (None, 5010));
     });

@@ -124,3 +124,35 @@ fn a_fenced_node_holds_nothing_any_more() {
         b.wait_closed();
     });
 }
+
+#[test]
+fn a_coordinator_that_was_fenced_answers_nothing() {
+    on(crate::FsKind::Ext4, |rig| {
+        let a = rig.node(N1);
+        let file = a.create("f", 1);
+        rig.co().fs().crash().unwrap();
+        assert_eq!(a.call(a.truncate(file, 5)).errno, libc::EIO, "a disk that fails is told");
+        rig.confirms.store(false, std::sync::atomic::Ordering::SeqCst);
+        let call = a.start(a.truncate(file, 5));
+        a.wait_closed();
+        assert!(!a.answered(call));
+    });
+}
+
+#[test]
+fn a_sync_that_fails_at_the_end_leaves_the_file_system_unclean() {
+    for (by_stop, fails) in [(false, false), (false, true), (true, false), (true, true)] {
+        on(crate::FsKind::Ext4, |rig| {
+            let a = rig.node(N1);
+            a.create("f", 1);
+            if fails {
+                rig.co().fs().fail_flushes();
+            }
+            let coordinator = rig.coordinator.take().unwrap();
+            let synced = if by_stop { coordinator.stop() } else { coordinator.hand_over(WAIT).synced };
+            assert_eq!(synced, if fails { Err(rustix::io::Errno::IO) } else { Ok(()) });
+            drop((coordinator, a));
+            assert_eq!(rig.needs_recovery(), fails, "by stop: {by_stop}");
+        });
+    }
+}

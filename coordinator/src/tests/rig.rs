@@ -29,6 +29,8 @@ pub(crate) struct Rig {
     pub(crate) events: Events,
     /// What the fence callback says.
     pub(crate) fences: Arc<AtomicBool>,
+    /// What the confirm callback says.
+    pub(crate) confirms: Arc<AtomicBool>,
     pub(crate) lease_ms: u64,
     pub(crate) recall_ms: u64,
     pub(crate) limits: Limits,
@@ -87,6 +89,7 @@ impl Rig {
             coordinator: None,
             events: Arc::default(),
             fences: Arc::new(AtomicBool::new(true)),
+            confirms: Arc::new(AtomicBool::new(true)),
             lease_ms: 5000,
             recall_ms: 1000,
             limits: Limits::default(),
@@ -143,6 +146,10 @@ impl Rig {
                 events.1.notify_all();
             }),
             fence: Arc::new(move |_| fences.load(Ordering::SeqCst)),
+            confirm: Arc::new({
+                let confirms = Arc::clone(&self.confirms);
+                move || confirms.load(Ordering::SeqCst)
+            }),
         }
     }
 
@@ -159,6 +166,18 @@ impl Rig {
         Node::connect(self.co(), node, [u8::try_from(node.0).unwrap(); 16], 0)
     }
 
+    /// Would the next owner find ext4's journal in need of recovery? Asked when the mount is gone.
+    pub(crate) fn needs_recovery(&mut self) -> bool {
+        drop(self.coordinator.take());
+        let deadline = Instant::now() + WAIT;
+        while csv_lun::is_mounted(&self.device).unwrap().is_some() {
+            assert!(Instant::now() < deadline, "the file system stays mounted");
+            std::thread::yield_now();
+        }
+        let lun = csv_lun::Lun::open(&self.device, csv_lun::LunOptions::default()).unwrap();
+        csv_lun::probe::ext4_needs_recovery(&lun).unwrap().unwrap()
+    }
+
     /// The file system's own checker, after the coordinator has let go of the device.
     pub(crate) fn check_file_system(&mut self) {
         let last = Arc::downgrade(&self.coordinator.take().unwrap());
@@ -168,7 +187,7 @@ impl Rig {
             std::thread::yield_now();
         }
         self.start();
-        self.coordinator.take().unwrap().stop();
+        self.coordinator.take().unwrap().stop().unwrap();
         let device = self.device.to_str().unwrap();
         let deadline = Instant::now() + WAIT;
         loop {

@@ -84,7 +84,7 @@ fn nothing_hangs_and_nothing_is_left_behind() {
             assert!(std::time::Instant::now() < deadline, "seed {seed}: {:?}", rig.co().fs().orphans());
             std::thread::yield_now();
         }
-        rig.co().stop();
+        rig.co().stop().unwrap();
         let core = rig.co().core.lock();
         assert_eq!(core.table.files().count(), 0, "seed {seed}");
         let busy: Vec<_> =

@@ -1,14 +1,19 @@
 //! Asking csvd, with errors that tell what to do next.
 
 use crate::lab;
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
+use csv_cluster::db::ClusterDb;
+use csv_types::admin::ClusterRequest;
 use csv_types::admin::{Answer, Request};
-use csv_types::config::Config;
+use csv_types::config::{LocalConfig, NodeFile};
 use csvd::client::{self, ClientError};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+/// Longer than anything that csvd waits for.
+const ASK_LIMIT: Duration = Duration::from_secs(180);
 
 /// Which node's csvd is meant.
 #[derive(Debug, Clone)]
@@ -23,7 +28,7 @@ pub(crate) struct Target {
 impl Target {
     /// Goes where the command is to act: into a lab's node if one is named, or if this host is no cluster node and
     /// one lab runs. Then reads the configuration there.
-    pub(crate) fn enter(&self) -> anyhow::Result<Config> {
+    pub(crate) fn enter(&self) -> anyhow::Result<LocalConfig> {
         let implied = || -> Option<String> {
             let here = std::env::var_os("CSV_NODE").is_some() || self.config.exists();
             match lab::names().ok()?.as_slice() {
@@ -36,9 +41,17 @@ impl Target {
         }
         load_config(&self.config)
     }
+
+    /// Goes into a lab's node only if a lab is named: for what concerns a machine that is no cluster node yet.
+    pub(crate) fn enter_named(&self) -> anyhow::Result<()> {
+        match &self.lab {
+            Some(name) => lab::enter(&lab::Lab::load(name)?, &self.on),
+            None => Ok(()),
+        }
+    }
 }
 
-fn load_config(path: &Path) -> anyhow::Result<Config> {
+fn load_config(path: &Path) -> anyhow::Result<LocalConfig> {
     let text = fs::read_to_string(path).map_err(|e| {
         if e.kind() != ErrorKind::NotFound {
             return anyhow!("cannot read {}: {e}; run csvctl as root", path.display());
@@ -51,13 +64,34 @@ fn load_config(path: &Path) -> anyhow::Result<Config> {
         let path = path.display();
         anyhow!("{path} is not there: this host is no cluster node; give the file with --config, {labs}")
     })?;
-    Config::parse(&text).with_context(|| format!("in {}", path.display()))
+    Ok(NodeFile::parse(&text).with_context(|| format!("in {}", path.display()))?.local)
 }
 
 /// Asks the csvd of this configuration.
-pub(crate) fn ask(config: &Config, request: &Request) -> anyhow::Result<Answer> {
-    let limit = Duration::from_millis(config.cluster.op_timeout_ms) + Duration::from_secs(10);
-    ask_socket(&config.local.run_dir.join("csvd.sock"), request, limit)
+pub(crate) fn ask(config: &LocalConfig, request: &Request) -> anyhow::Result<Answer> {
+    ask_socket(&config.run_dir.join("csvd.sock"), request, ASK_LIMIT)
+}
+
+/// Asks the csvd of this configuration about the cluster.
+pub(crate) fn ask_cluster(config: &LocalConfig, what: ClusterRequest) -> anyhow::Result<serde_json::Value> {
+    let answer = ask(config, &Request::Cluster { what })?;
+    let Answer::Cluster { data } = answer else {
+        bail!("csvd answered {answer:?}; csvctl and csvd must be of one version")
+    };
+    Ok(data)
+}
+
+/// The cluster's database, without its secrets.
+pub(crate) fn database(config: &LocalConfig) -> anyhow::Result<ClusterDb> {
+    let data = ask_cluster(config, ClusterRequest::Db)?;
+    serde_json::from_value(data)
+        .context("csvd's database is not understood; csvctl and csvd must be of one version")
+}
+
+/// Gives the cluster a command.
+pub(crate) fn command(config: &LocalConfig, command: &csv_cluster::db::Command) -> anyhow::Result<()> {
+    let command = serde_json::to_value(command)?;
+    ask_cluster(config, ClusterRequest::Command { command }).map(drop)
 }
 
 /// Asks the csvd behind a socket.

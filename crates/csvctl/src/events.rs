@@ -1,9 +1,10 @@
-//! `csvctl events`: what the node's csvd and csvfs decided or saw.
+//! `csvctl events`: the cluster's log, or with `--local` what this node's csvd and csvfs decided or saw.
 
 use crate::admin::{self, Target, advise};
 use crate::output::rfc3339;
 use anyhow::bail;
 use csv_types::admin::{Answer, Event, Request};
+use csv_types::config::LocalConfig;
 use csvd::client::Client;
 use std::io::{ErrorKind, Write, stdout};
 use std::time::Duration;
@@ -14,6 +15,9 @@ const FOLLOW_EVERY: Duration = Duration::from_millis(500);
 /// Arguments of `csvctl events`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct EventsArgs {
+    /// This node's own log, which has more of it and needs no quorum.
+    #[arg(long)]
+    local: bool,
     /// Go on with new events as they come.
     #[arg(long, short)]
     follow: bool,
@@ -25,6 +29,9 @@ pub(crate) struct EventsArgs {
 /// Prints events, oldest first; with `json` an array, or one object per line when following.
 pub(crate) fn run(args: &EventsArgs, target: &Target, json: bool) -> anyhow::Result<()> {
     let config = target.enter()?;
+    if !args.local {
+        return run_cluster(args, &config, json);
+    }
     if !args.follow {
         let events = events_of(admin::ask(&config, &Request::Events { after: args.after })?)?;
         if json {
@@ -33,7 +40,7 @@ pub(crate) fn run(args: &EventsArgs, target: &Target, json: bool) -> anyhow::Res
         }
         return print(&events, false);
     }
-    let socket = config.local.run_dir.join("csvd.sock");
+    let socket = config.run_dir.join("csvd.sock");
     let mut client = Client::connect(&socket, Duration::from_secs(30)).map_err(advise)?;
     let mut after = args.after;
     loop {
@@ -42,6 +49,43 @@ pub(crate) fn run(args: &EventsArgs, target: &Target, json: bool) -> anyhow::Res
         print(&events, json)?;
         std::thread::sleep(FOLLOW_EVERY);
     }
+}
+
+fn run_cluster(args: &EventsArgs, config: &LocalConfig, json: bool) -> anyhow::Result<()> {
+    let mut after = args.after;
+    loop {
+        let db = admin::database(config)?;
+        let news: Vec<&csv_cluster::db::Event> =
+            db.events.ring.iter().filter(|event| event.number > after).collect();
+        after = news.last().map_or(after, |event| event.number);
+        if json && !args.follow {
+            println!("{}", serde_json::to_string_pretty(&news)?);
+            return Ok(());
+        }
+        let mut text = String::new();
+        for event in news {
+            text += &if json { serde_json::to_string(event)? } else { cluster_line(&db, event) };
+            text.push('\n');
+        }
+        write_out(&text)?;
+        if !args.follow {
+            return Ok(());
+        }
+        std::thread::sleep(FOLLOW_EVERY);
+    }
+}
+
+fn cluster_line(db: &csv_cluster::db::ClusterDb, event: &csv_cluster::db::Event) -> String {
+    let node = event.node.map_or_else(|| "-".to_owned(), |node| db.node_name(node));
+    let level = format!("{:?}", event.level).to_uppercase();
+    format!(
+        "{} {} {level} {} {node} {}: {}",
+        event.number,
+        rfc3339(event.at_unix_ms),
+        event.id,
+        event.subject,
+        event.message
+    )
 }
 
 fn events_of(answer: Answer) -> anyhow::Result<Vec<Event>> {
@@ -58,6 +102,10 @@ fn print(events: &[Event], json: bool) -> anyhow::Result<()> {
         text += &if json { serde_json::to_string(event)? } else { line(event) };
         text.push('\n');
     }
+    write_out(&text)
+}
+
+fn write_out(text: &str) -> anyhow::Result<()> {
     match stdout().write_all(text.as_bytes()).and_then(|()| stdout().flush()) {
         Err(e) if e.kind() == ErrorKind::BrokenPipe => std::process::exit(0),
         other => Ok(other?),

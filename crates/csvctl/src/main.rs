@@ -5,11 +5,14 @@
 
 mod admin;
 mod bench;
+mod cluster;
 mod events;
 mod lab;
 mod output;
+mod validate;
 mod volume;
 mod volume_create;
+mod witness;
 
 use admin::Target;
 use clap::{CommandFactory, Parser, Subcommand};
@@ -41,7 +44,19 @@ enum Command {
     /// Volumes: create, state, redirection, maintenance.
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
-    /// What this node decided or saw.
+    /// Clusters: create, join, leave, status, settings.
+    #[command(subcommand)]
+    Cluster(cluster::ClusterCommand),
+    /// Nodes: list, pause, drain, resume.
+    #[command(subcommand)]
+    Node(cluster::NodeCommand),
+    /// Who votes, and the witness.
+    #[command(subcommand)]
+    Quorum(cluster::QuorumCommand),
+    /// The replicated database.
+    #[command(subcommand)]
+    Db(cluster::DbCommand),
+    /// What the cluster decided and its nodes saw.
     Events(events::EventsArgs),
     /// A cluster on this one machine, for trying out and testing.
     #[command(subcommand)]
@@ -69,6 +84,13 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let target = Target { config: cli.config, lab: cli.lab, on: cli.on };
     match cli.command {
         Command::Volume(command) => volume::run(command, &target, cli.json)?,
+        Command::Cluster(cluster::ClusterCommand::Validate(args)) => {
+            return validate::run(&args, &target, cli.json);
+        }
+        Command::Cluster(command) => cluster::run(command, &target, cli.json)?,
+        Command::Node(command) => cluster::run_node(command, &target, cli.json)?,
+        Command::Quorum(command) => cluster::run_quorum(command, &target, cli.json)?,
+        Command::Db(command) => cluster::run_db(&command, &target)?,
         Command::Events(args) => events::run(&args, &target, cli.json)?,
         Command::Lab(command) => return lab::run(command, cli.json),
         Command::Bench(args) => bench::run(args, cli.json)?,

@@ -6,7 +6,7 @@
 use anyhow::Context;
 use csv_lun::{CreateRequest, create_volume};
 use csv_ondisk::{FsKind, Label};
-use csv_types::config::Config;
+use csv_types::config::NodeFile;
 use indicatif::ProgressBar;
 use serde_json::json;
 use std::fs;
@@ -28,7 +28,7 @@ pub(crate) struct Args {
     /// File system: ext4 or xfs.
     #[arg(long, value_name = "FS", default_value = "ext4")]
     fs: FsKind,
-    /// Cluster that the volume belongs to; the one of the configuration file when absent.
+    /// Cluster that the volume belongs to; this node's when absent.
     #[arg(long, value_name = "UUID")]
     cluster_id: Option<Uuid>,
     /// Overwrite what is on the LUN. A LUN in use is refused all the same.
@@ -46,7 +46,7 @@ pub(crate) struct Args {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let cluster_id = match args.cluster_id {
         Some(id) => id,
-        None => configured_cluster(args.config.as_deref().unwrap_or(Path::new(CONFIG_DEFAULT)))?,
+        None => own_cluster(args.config.as_deref().unwrap_or(Path::new(CONFIG_DEFAULT)))?,
     };
     let request =
         CreateRequest { lun: args.lun, name: args.name, fs: args.fs, cluster_id, force: args.force };
@@ -59,15 +59,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn configured_cluster(path: &Path) -> anyhow::Result<Uuid> {
+/// The cluster of the node that runs here.
+fn own_cluster(path: &Path) -> anyhow::Result<Uuid> {
     let text = fs::read_to_string(path).with_context(|| {
         format!(
             "cannot read {}; name the cluster with --cluster-id or the file with --config",
             path.display()
         )
     })?;
-    let config = Config::parse(&text).with_context(|| format!("in {}", path.display()))?;
-    Ok(config.cluster.id)
+    let config = NodeFile::parse(&text).with_context(|| format!("in {}", path.display()))?.local;
+    Ok(crate::admin::database(&config).context("the cluster is not known; name it with --cluster-id")?.id)
 }
 
 fn as_json(label: &Label, lun: &Path) -> String {
@@ -85,7 +86,7 @@ fn as_json(label: &Label, lun: &Path) -> String {
 
 fn as_text(label: &Label, lun: &Path) -> String {
     format!(
-        "Volume {} ({}) is on {}: {}, {} MiB.\nNext: name it in a [[volume]] section of csv.toml on every node.",
+        "Volume {0} ({1}) is on {2}: {3}, {4} MiB.\nNext: `csvctl volume add {0}` on a node of its cluster.",
         label.name,
         label.volume_id,
         lun.display(),
@@ -110,19 +111,14 @@ mod tests {
     }
 
     #[test]
-    fn cluster_comes_from_the_option_or_the_configuration() {
+    fn without_a_node_the_cluster_must_be_named() {
         let dir = tempfile::tempdir().unwrap();
-        let config = dir.path().join("csv.toml");
-        fs::write(
-            &config,
-            "[cluster]\nname = \"lab\"\nid = \"6f1d6c38-6f0e-4b8a-9f0e-2f7b3c1d2e3f\"\n[local]\nnode = \"n1\"\n\
-             [[node]]\nname = \"n1\"\nid = 1\naddr = \"10.0.0.1\"\n",
-        )
-        .unwrap();
-        let id = configured_cluster(&config).unwrap();
-        assert_eq!(id.to_string(), "6f1d6c38-6f0e-4b8a-9f0e-2f7b3c1d2e3f");
-        let error = configured_cluster(&dir.path().join("missing")).unwrap_err();
+        let error = own_cluster(&dir.path().join("missing")).unwrap_err();
         assert!(error.to_string().contains("--cluster-id"), "{error}");
+        let config = dir.path().join("csv.toml");
+        fs::write(&config, format!("[local]\nnode = \"n1\"\nrun_dir = \"{}\"\n", dir.path().display()))
+            .unwrap();
+        assert!(format!("{:#}", own_cluster(&config).unwrap_err()).contains("--cluster-id"));
     }
 
     #[test]
@@ -146,6 +142,11 @@ mod tests {
         let value: serde_json::Value = serde_json::from_str(&as_json(&label, file.path())).unwrap();
         assert_eq!((&value["name"], &value["cluster_id"]), (&json!("V"), &json!(id)));
         assert_eq!(value["fs_bytes"], json!(63 << 20));
+        let text = as_text(&label, file.path());
+        assert!(
+            text.contains("is on") && text.contains("ext4, 63 MiB") && text.contains("`csvctl volume add V`"),
+            "{text}"
+        );
         let error = run(parse(&words).unwrap()).unwrap_err().to_string();
         assert!(error.contains("--force"), "{error}");
     }

@@ -4,7 +4,7 @@
 //! line a bound, so a stuck or hostile server cannot hold the caller. A failure before the request is out is
 //! `Connect`; after that nobody knows whether the request was carried out, which is `Unknown`.
 
-use csv_types::admin::{Answer, LINE_BYTES_MAX, Request};
+use csv_types::admin::{ANSWER_BYTES_MAX, Answer, Request};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -72,7 +72,7 @@ impl Client {
         let mut line = serde_json::to_vec(request).map_err(|e| protocol(&self.path, e.to_string()))?;
         line.push(b'\n');
         self.stream.get_mut().write_all(&line).map_err(|e| unknown(&self.path, e))?;
-        let text = read_line(&mut self.stream).map_err(|e| unknown(&self.path, e))?;
+        let text = read_line(&mut self.stream, ANSWER_BYTES_MAX).map_err(|e| unknown(&self.path, e))?;
         let Some(text) = text else {
             return Err(unknown(&self.path, io::Error::from(io::ErrorKind::UnexpectedEof)));
         };
@@ -92,20 +92,20 @@ pub fn call(path: &Path, request: &Request, timeout: Duration) -> Result<Answer,
     Client::connect(path, timeout)?.call(request)
 }
 
-/// One line without its end, or `None` at the end of the stream. Lines over `LINE_BYTES_MAX` are an error.
+/// One line without its end, or `None` at the end of the stream. Lines over `bytes_max` are an error.
 ///
 /// # Errors
 /// From the stream; `InvalidData` for a line too long or not UTF-8; `UnexpectedEof` for half a line.
-pub fn read_line(stream: &mut impl BufRead) -> io::Result<Option<String>> {
+pub fn read_line(stream: &mut impl BufRead, bytes_max: usize) -> io::Result<Option<String>> {
     let mut line = Vec::new();
-    let limit = u64::try_from(LINE_BYTES_MAX).unwrap_or(u64::MAX);
+    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX);
     stream.by_ref().take(limit).read_until(b'\n', &mut line)?;
     match line.pop() {
         None => Ok(None),
         Some(b'\n') => String::from_utf8(line)
             .map(Some)
             .map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "line is not UTF-8")),
-        Some(_) if line.len() + 1 == LINE_BYTES_MAX => {
+        Some(_) if line.len() + 1 == bytes_max => {
             Err(io::Error::new(io::ErrorKind::InvalidData, "line is too long"))
         }
         Some(_) => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -120,12 +120,12 @@ mod tests {
     #[test]
     fn lines_are_bounded_and_whole() {
         let mut two = Cursor::new(b"a\nb\n".to_vec());
-        assert_eq!(read_line(&mut two).unwrap().as_deref(), Some("a"));
-        assert_eq!(read_line(&mut two).unwrap().as_deref(), Some("b"));
-        assert_eq!(read_line(&mut two).unwrap(), None);
-        let half = read_line(&mut Cursor::new(b"abc".to_vec())).unwrap_err();
+        assert_eq!(read_line(&mut two, 2).unwrap().as_deref(), Some("a"));
+        assert_eq!(read_line(&mut two, 2).unwrap().as_deref(), Some("b"));
+        assert_eq!(read_line(&mut two, 2).unwrap(), None);
+        let half = read_line(&mut Cursor::new(b"abc".to_vec()), 9).unwrap_err();
         assert_eq!(half.kind(), io::ErrorKind::UnexpectedEof);
-        let long = read_line(&mut Cursor::new(vec![b'x'; LINE_BYTES_MAX + 9])).unwrap_err();
+        let long = read_line(&mut Cursor::new(vec![b'x'; 99]), 90).unwrap_err();
         assert_eq!(long.kind(), io::ErrorKind::InvalidData);
     }
 
@@ -137,9 +137,9 @@ mod tests {
         let answers = std::thread::spawn(move || {
             let (stream, _) = server.accept().unwrap();
             let mut stream = BufReader::new(stream);
-            read_line(&mut stream).unwrap();
+            read_line(&mut stream, 99).unwrap();
             stream.get_mut().write_all(b"{\"answer\":\"error\",\"message\":\"no\"}\n").unwrap();
-            read_line(&mut stream).unwrap();
+            read_line(&mut stream, 99).unwrap();
         });
         let mut client = Client::connect(&path, Duration::from_secs(5)).unwrap();
         assert!(matches!(client.call(&Request::Stop), Err(ClientError::Refused(message)) if message == "no"));

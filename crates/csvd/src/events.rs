@@ -44,6 +44,11 @@ impl EventLog {
         log
     }
 
+    /// The node's number, once it is known.
+    pub(crate) fn set_node(&mut self, node: NodeId) {
+        self.node = node;
+    }
+
     fn old_path(&self) -> PathBuf {
         self.path.with_extension("jsonl.1")
     }

@@ -11,6 +11,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+/// For a csvfs without csvd to end.
+const LEFTOVER_LIMIT: Duration = Duration::from_secs(5);
+
 /// What ended a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Woken {
@@ -100,6 +103,36 @@ impl Process {
                 (None, None) => "ended".to_owned(),
             },
         }
+    }
+}
+
+/// Ends every csvfs that an earlier csvd of this run directory started. Waits until they are gone.
+pub(crate) fn end_leftovers(run_dir: &Path) {
+    let Ok(entries) = fs::read_dir(run_dir) else { return };
+    let mut ended = Vec::new();
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let Some(volume) = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".pid")) else {
+            continue;
+        };
+        let number = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+        let pid = number.and_then(Pid::from_raw).filter(|pid| is_csvfs(*pid, volume));
+        if let Some(process) = pid.and_then(|pid| Process::adopt(pid).ok()) {
+            tracing::warn!(
+                volume,
+                pid = process.pid(),
+                "csvfs is ended: this node takes no part in its cluster"
+            );
+            process.signal(Signal::TERM);
+            ended.push(process);
+        }
+    }
+    for process in ended {
+        if !matches!(process.wait(None, Some(LEFTOVER_LIMIT)), Ok(Woken::Exited)) {
+            process.signal(Signal::KILL);
+            // One that hangs in the kernel cannot be waited for; its node is fenced.
+            let _ended = process.wait(None, Some(LEFTOVER_LIMIT));
+        }
+        process.kill_group();
     }
 }
 

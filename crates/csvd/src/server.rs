@@ -1,15 +1,19 @@
-//! Admin socket of csvd: answers csvctl, passing what concerns a volume on to its csvfs.
+//! Admin socket of csvd: answers csvctl and csvfs, passing what concerns a volume on to its csvfs.
 //!
 //! One thread per connection, a bounded number of them; a connection beyond the bound is closed at once. A csvfs
 //! that does not answer makes that request fail, not the daemon.
 
-use crate::events::EventLog;
+use crate::daemon::Daemon;
+use crate::engine::Engine;
+use crate::engine::agent::Agent;
+use crate::requests;
 use crate::volume::{Order, Volume};
-use anyhow::Context;
-use csv_types::admin::{Answer, IoCounts, Request, VolumeState};
-use csv_types::config::Config;
+use anyhow::{Context, anyhow, bail};
+use csv_cluster::db::{Command, Witness};
+use csv_types::admin::{Answer, IoCounts, LINE_BYTES_MAX, PathFault, Request, VolumeState};
 use csv_types::{Epoch, Mode, ModeKind, Reason};
 use csvd::client::{ClientError, read_line};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +21,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Connections at one time.
@@ -27,12 +31,15 @@ const IDLE_LIMIT: Duration = Duration::from_secs(300);
 /// Time for csvfs to tell its state.
 const STATE_LIMIT: Duration = Duration::from_secs(10);
 
+/// Time for a volume request besides what csvfs may take for it.
+const PASS_LIMIT: Duration = Duration::from_secs(65);
+/// How long csvfs waits for a node to be fenced.
+const FENCE_LIMIT: Duration = Duration::from_secs(9);
+
 /// What all connections share.
 #[derive(Debug)]
-pub(crate) struct Node {
-    pub(crate) config: Config,
-    pub(crate) volumes: Vec<Arc<Volume>>,
-    pub(crate) events: Mutex<EventLog>,
+pub(crate) struct Server {
+    daemon: Arc<Daemon>,
     connections: AtomicUsize,
 }
 
@@ -46,13 +53,13 @@ pub(crate) fn listen(path: &Path) -> anyhow::Result<UnixListener> {
     Ok(listener)
 }
 
-impl Node {
-    pub(crate) fn new(config: Config, volumes: Vec<Arc<Volume>>, events: EventLog) -> Node {
-        Node { config, volumes, events: Mutex::new(events), connections: AtomicUsize::new(0) }
+impl Server {
+    pub(crate) fn new(daemon: Arc<Daemon>) -> Server {
+        Server { daemon, connections: AtomicUsize::new(0) }
     }
 
     /// Accepts connections until the process ends. `stopped` is told after a `Stop` has been carried out.
-    pub(crate) fn serve(self: &Arc<Node>, listener: &UnixListener, stopped: &SyncSender<()>) {
+    pub(crate) fn serve(self: &Arc<Server>, listener: &UnixListener, stopped: &SyncSender<()>) {
         for stream in listener.incoming() {
             let stream = match stream {
                 Ok(stream) => stream,
@@ -81,7 +88,7 @@ impl Node {
         stream.set_read_timeout(Some(IDLE_LIMIT))?;
         stream.set_write_timeout(Some(STATE_LIMIT))?;
         let mut stream = BufReader::new(stream);
-        while let Some(line) = read_line(&mut stream)? {
+        while let Some(line) = read_line(&mut stream, LINE_BYTES_MAX)? {
             let request = serde_json::from_str(&line);
             let stop = matches!(request, Ok(Request::Stop));
             let answer = match request {
@@ -100,50 +107,114 @@ impl Node {
     }
 
     fn answer(&self, request: &Request) -> Answer {
+        match self.carry_out(request) {
+            Ok(answer) => answer,
+            Err(error) => Answer::Error { message: format!("{error:#}") },
+        }
+    }
+
+    fn carry_out(&self, request: &Request) -> anyhow::Result<Answer> {
         match request {
             Request::State { volume } => self.state(volume.as_deref()),
             Request::Events { after } => {
-                for volume in &self.volumes {
-                    volume.collect_events(&self.events);
+                if let Ok(engine) = self.daemon.engine() {
+                    for agent in engine.volumes.all() {
+                        agent.volume.collect_events(&self.daemon.events);
+                    }
                 }
-                let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
-                Answer::Events { events: events.after(*after) }
+                let events = self.daemon.events.lock().unwrap_or_else(PoisonError::into_inner);
+                Ok(Answer::Events { events: events.after(*after) })
             }
             Request::Stop => {
-                self.stop();
-                Answer::Ok
+                self.daemon.stop();
+                Ok(Answer::Ok)
+            }
+            Request::Cluster { what } => {
+                requests::answer(&self.daemon, what.clone()).map(|data| Answer::Cluster { data })
+            }
+            Request::Fence { volume, node, reason, .. } => {
+                let engine = self.daemon.engine()?;
+                self.daemon.block_on(engine.have_fenced(volume, *node, reason, FENCE_LIMIT))?;
+                Ok(Answer::Ok)
             }
             Request::Crash { volume } => self.crash(volume, request),
-            Request::Fence { node, .. } => Answer::Error {
-                message: format!("{node} cannot be fenced: this cluster's membership is fixed by csv.toml"),
-            },
-            Request::Redirect { volume, .. }
-            | Request::Maintenance { volume, .. }
-            | Request::Fault { volume, .. }
+            Request::Redirect { volume, on, node } => {
+                let answer = self.pass_on(volume, request)?;
+                self.remember_redirect(volume, *on, node.as_deref())?;
+                Ok(answer)
+            }
+            Request::Maintenance { volume, on } => {
+                let answer = self.pass_on(volume, request)?;
+                self.remember(volume, "maintenance", on.then(|| "on".to_owned()))?;
+                Ok(answer)
+            }
+            Request::Fault { volume, fault } if self.is_disk_witness(volume) => {
+                let failed = match fault {
+                    PathFault::Heal => false,
+                    PathFault::Fail => true,
+                    PathFault::DelayMs(_) | PathFault::ErrorAfter(_) => {
+                        bail!("the path to a disk witness can be failed and healed only")
+                    }
+                };
+                self.daemon.engine()?.disk_witness.set_failed(failed);
+                Ok(Answer::Ok)
+            }
+            Request::Fault { volume, .. }
             | Request::Role { volume, .. }
             | Request::RoleStatus { volume }
             | Request::Map { volume, .. } => self.pass_on(volume, request),
         }
     }
 
-    fn find(&self, name: &str) -> Result<&Arc<Volume>, Answer> {
-        self.volumes.iter().find(|volume| volume.name == name).ok_or_else(|| {
-            let names: Vec<&str> = self.volumes.iter().map(|volume| volume.name.as_str()).collect();
-            let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            Answer::Error { message: format!("there is no volume \"{name}\"; volumes here: {names}") }
+    fn is_disk_witness(&self, name: &str) -> bool {
+        self.daemon.engine().is_ok_and(|engine| {
+            matches!(&engine.db.read().quorum.witness, Witness::Disk { name: witness, .. } if witness == name)
         })
     }
 
-    fn pass_on(&self, name: &str, request: &Request) -> Answer {
-        let limit = Duration::from_millis(self.config.cluster.op_timeout_ms) + Duration::from_secs(5);
-        let volume = match self.find(name) {
-            Ok(volume) => volume,
-            Err(answer) => return answer,
+    /// Orders that stand are given to the next coordinator too.
+    fn remember(&self, volume: &str, what: &str, value: Option<String>) -> anyhow::Result<()> {
+        let engine = self.daemon.engine()?;
+        let command = Command::Property { key: format!("volume.{volume}.{what}"), value };
+        self.daemon.block_on(engine.propose(command, STATE_LIMIT))?;
+        Ok(())
+    }
+
+    fn remember_redirect(&self, volume: &str, on: bool, node: Option<&str>) -> anyhow::Result<()> {
+        let Some(name) = node else {
+            self.remember(volume, "redirect-nodes", None)?;
+            return self.remember(volume, "redirect", on.then(|| "on".to_owned()));
         };
-        match volume.ask(request, limit) {
-            Ok(answer) => answer,
-            Err(e) => Answer::Error { message: self.explain(volume, &e) },
-        }
+        let nodes = {
+            let engine = self.daemon.engine()?;
+            let db = engine.db.read();
+            let id = db.node_by_name(name).with_context(|| format!("there is no node \"{name}\""))?.id;
+            let list =
+                db.properties.get(&format!("volume.{volume}.redirect-nodes")).cloned().unwrap_or_default();
+            let mut ids: BTreeSet<u32> = list.split(',').filter_map(|id| id.parse().ok()).collect();
+            if on {
+                ids.insert(id.0)
+            } else {
+                ids.remove(&id.0)
+            };
+            ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
+        };
+        self.remember(volume, "redirect-nodes", (!nodes.is_empty()).then_some(nodes))
+    }
+
+    fn find(&self, name: &str) -> anyhow::Result<Arc<Agent>> {
+        let engine = self.daemon.engine()?;
+        engine.volumes.find(name).with_context(|| {
+            let names: Vec<String> =
+                engine.volumes.all().iter().map(|agent| agent.volume.name.clone()).collect();
+            let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+            format!("there is no volume \"{name}\"; volumes here: {names}")
+        })
+    }
+
+    fn pass_on(&self, name: &str, request: &Request) -> anyhow::Result<Answer> {
+        let agent = self.find(name)?;
+        agent.volume.ask(request, PASS_LIMIT).map_err(|e| anyhow!(self.explain(&agent.volume, &e)))
     }
 
     fn explain(&self, volume: &Volume, error: &ClientError) -> String {
@@ -152,7 +223,7 @@ impl Node {
             ClientError::Connect { .. } => match volume.pid() {
                 None => format!(
                     "csvfs of {} is not running on {}; csvd starts it again, see csvctl events for the reason",
-                    volume.name, self.config.local.node
+                    volume.name, self.daemon.config.node
                 ),
                 Some(pid) => format!(
                     "csvfs of {} (process {pid}) does not listen yet; try again in a moment",
@@ -167,64 +238,53 @@ impl Node {
 
     /// After a power cut csvd must not bring the volume back by itself. That csvfs dies instead of answering is
     /// what is wanted.
-    fn crash(&self, name: &str, request: &Request) -> Answer {
-        let volume = match self.find(name) {
-            Ok(volume) => volume,
-            Err(answer) => return answer,
-        };
-        volume.order(Order::StayDead);
-        match volume.ask(request, STATE_LIMIT) {
-            Ok(_) | Err(ClientError::Unknown { .. }) => Answer::Ok,
+    fn crash(&self, name: &str, request: &Request) -> anyhow::Result<Answer> {
+        let agent = self.find(name)?;
+        agent.volume.order(Order::StayDead);
+        match agent.volume.ask(request, STATE_LIMIT) {
+            Ok(_) | Err(ClientError::Unknown { .. }) => Ok(Answer::Ok),
             Err(
                 e @ (ClientError::Refused(_) | ClientError::Connect { .. } | ClientError::Protocol { .. }),
             ) => {
-                volume.order(Order::Run);
-                Answer::Error { message: self.explain(volume, &e) }
+                agent.volume.order(Order::Run);
+                bail!("{}", self.explain(&agent.volume, &e))
             }
         }
     }
 
-    fn state(&self, name: Option<&str>) -> Answer {
-        let volumes: Vec<&Arc<Volume>> = match name.map(|name| self.find(name)).transpose() {
-            Ok(Some(volume)) => vec![volume],
-            Ok(None) => self.volumes.iter().collect(),
-            Err(answer) => return answer,
+    fn state(&self, name: Option<&str>) -> anyhow::Result<Answer> {
+        let engine = self.daemon.engine()?;
+        let agents = match name {
+            Some(name) => vec![self.find(name)?],
+            None => engine.volumes.all(),
         };
         let mut rows = Vec::new();
-        for volume in volumes {
+        for agent in agents {
+            let volume = &agent.volume;
             let request = Request::State { volume: Some(volume.name.clone()) };
             match volume.ask(&request, STATE_LIMIT) {
                 Ok(Answer::State { rows: more }) => rows.extend(more),
-                Ok(other) => rows.push(self.unavailable(volume, format!("unexpected answer {other:?}"))),
-                Err(e) => rows.push(self.unavailable(volume, self.explain(volume, &e))),
+                Ok(other) => {
+                    rows.push(self.unavailable(&engine, volume, format!("unexpected answer {other:?}")))
+                }
+                Err(e) => rows.push(self.unavailable(&engine, volume, self.explain(volume, &e))),
             }
         }
-        Answer::State { rows }
+        Ok(Answer::State { rows })
     }
 
     /// The row of a volume whose csvfs cannot speak for itself.
-    fn unavailable(&self, volume: &Volume, why: String) -> VolumeState {
-        let coordinator = self.config.volume(&volume.name).and_then(|v| v.coordinator.as_ref());
-        let role = if coordinator == Some(&self.config.local.node) { "coordinator" } else { "data-server" };
+    fn unavailable(&self, engine: &Engine, volume: &Volume, why: String) -> VolumeState {
+        let owner = engine.db.read().volumes.get(&volume.name).and_then(|volume| volume.owner);
+        let role = if owner == Some(engine.me()) { "coordinator" } else { "data-server" };
         VolumeState {
-            node: self.config.local.node.clone(),
+            node: self.daemon.config.node.clone(),
             volume: volume.name.clone(),
             role: role.to_owned(),
             mode: Mode { kind: ModeKind::Unavailable, reason: Reason::CoordinatorUnreachable(why) },
             since_unix_s: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs()),
             epoch: Epoch(0),
             io: IoCounts::default(),
-        }
-    }
-
-    /// Ends every csvfs, all at the same time.
-    fn stop(&self) {
-        for volume in &self.volumes {
-            volume.collect_events(&self.events);
-            volume.order(Order::Stop);
-        }
-        for volume in &self.volumes {
-            volume.wait_ended();
         }
     }
 }

@@ -1,18 +1,21 @@
 //! Supervision of one volume's csvfs.
 //!
 //! ```text
-//!            adopt or spawn            process ends
+//!            adopt                     process ends
 //!   (start) ---------------> Running ---------------> Backoff --(time)--> (start)
+//!      └── nobody there: wait for permit() ── spawn ──^
 //!      any state --order Stop--> SIGTERM, 20 s, SIGKILL --> Ended
 //!      any state --order StayDead (power cut)--> when the process ends: wait for Stop
 //! ```
 //!
 //! One thread runs `supervise`; others give orders and ask. A csvfs outlives csvd: a new csvd finds it by its socket
 //! (whose peer credentials name the process) and adopts it. If csvd dies between spawning and writing the pid
-//! file, the socket still leads to the process.
+//! file, the socket still leads to the process. One that does not answer while this node must do no I/O is killed
+//! ([`crate::silence`]).
 
 use crate::events::EventLog;
 use crate::process::{Process, Woken, is_csvfs};
+use crate::silence::{LOOK_EVERY, MustStop, SILENT_LIMIT, Silence};
 use csv_types::admin::{Answer, Request};
 use csvd::client::{self, ClientError};
 use rustix::event::{EventfdFlags, eventfd};
@@ -26,15 +29,17 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Wait before the first restart; doubles from there.
-const BACKOFF_MIN: Duration = Duration::from_millis(500);
+const BACKOFF_MIN: Duration = Duration::from_millis(100);
 /// Longest wait before a restart.
-const BACKOFF_MAX: Duration = Duration::from_secs(30);
+const BACKOFF_MAX: Duration = Duration::from_secs(10);
 /// A csvfs that ran this long starts again with the shortest wait.
 const HEALTHY_AFTER: Duration = Duration::from_secs(60);
 /// Time for a clean stop before SIGKILL.
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// Time for a csvfs found by its pid file to open its socket.
 const ADOPT_LIMIT: Duration = Duration::from_secs(10);
+/// csvfs tells its role at once.
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
 /// Time for csvfs to tell its events.
 const EVENTS_LIMIT: Duration = Duration::from_secs(2);
 
@@ -53,6 +58,10 @@ pub(crate) enum Order {
 struct Status {
     order: Order,
     pid: Option<i32>,
+    /// It was looked whether an earlier csvd's csvfs runs.
+    looked: bool,
+    /// csvfs may be started, once.
+    permit: bool,
     ended: bool,
 }
 
@@ -81,6 +90,17 @@ pub(crate) struct Volume {
     status: Mutex<Status>,
     changed: Condvar,
     cursor: Mutex<Cursor>,
+    listener: Mutex<Option<Listener>>,
+    must_stop: MustStop,
+}
+
+/// Told when the process comes or goes.
+pub(crate) struct Listener(Box<dyn Fn() + Send>);
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -88,14 +108,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Volume {
-    pub(crate) fn new(name: String, paths: VolumePaths) -> std::io::Result<Volume> {
+    pub(crate) fn new(name: String, paths: VolumePaths, must_stop: MustStop) -> std::io::Result<Volume> {
         Ok(Volume {
             name,
             paths,
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            status: Mutex::new(Status { order: Order::Run, pid: None, ended: false }),
+            status: Mutex::new(Status {
+                order: Order::Run,
+                pid: None,
+                looked: false,
+                permit: false,
+                ended: false,
+            }),
             changed: Condvar::new(),
             cursor: Mutex::default(),
+            listener: Mutex::default(),
+            must_stop,
         })
     }
 
@@ -128,9 +156,20 @@ impl Volume {
         lock(&self.status).pid
     }
 
+    /// Who is told when the process comes or goes.
+    pub(crate) fn on_change(&self, listener: Box<dyn Fn() + Send>) {
+        *lock(&self.listener) = Some(Listener(listener));
+    }
+
     fn set_pid(&self, pid: Option<i32>) {
-        lock(&self.status).pid = pid;
+        {
+            let mut status = lock(&self.status);
+            status.pid = pid;
+            status.permit = false;
+            status.looked |= pid.is_some();
+        }
         self.changed.notify_all();
+        self.tell();
     }
 
     /// Passes a request on to csvfs.
@@ -170,8 +209,12 @@ impl Volume {
                 Order::Stop => break,
             }
             let started = Instant::now();
-            let why = match self.adopt(log).map_or_else(|| self.spawn(log), Ok) {
-                Ok(process) => self.watch(process),
+            let adopted = self.adopt(log);
+            if adopted.is_none() && !self.wait_permitted() {
+                continue;
+            }
+            let why = match adopted.map_or_else(|| self.spawn(log), Ok) {
+                Ok(process) => self.watch(process, log),
                 Err(e) => format!("could not be started: {e:#}"),
             };
             backoff = if started.elapsed() >= HEALTHY_AFTER { BACKOFF_MIN } else { backoff };
@@ -198,6 +241,40 @@ impl Volume {
         status.order
     }
 
+    /// csvfs is not there: waits until it may be started. False when there is another order now.
+    fn wait_permitted(&self) -> bool {
+        let mut status = lock(&self.status);
+        status.looked = true;
+        drop(status);
+        self.tell();
+        status = lock(&self.status);
+        while status.order == Order::Run && !status.permit {
+            status = self.changed.wait(status).unwrap_or_else(PoisonError::into_inner);
+        }
+        status.order == Order::Run && std::mem::take(&mut status.permit)
+    }
+
+    /// csvfs may be started now, if it does not run. Holds for one start.
+    pub(crate) fn permit(&self) {
+        let mut status = lock(&self.status);
+        if status.looked && status.pid.is_none() {
+            status.permit = true;
+            self.changed.notify_all();
+        }
+    }
+
+    /// Is it certain that csvfs does not run?
+    pub(crate) fn is_absent(&self) -> bool {
+        let status = lock(&self.status);
+        status.looked && status.pid.is_none()
+    }
+
+    fn tell(&self) {
+        if let Some(Listener(tell)) = &*lock(&self.listener) {
+            tell();
+        }
+    }
+
     /// Waits out the back-off; ends early at an order.
     fn pause(&self, time: Duration) {
         let status = lock(&self.status);
@@ -206,13 +283,14 @@ impl Volume {
     }
 
     /// Stays with the process until it ends, by itself or by order. Returns how it ended.
-    fn watch(&self, mut process: Process) -> String {
+    fn watch(&self, mut process: Process, log: &Mutex<EventLog>) -> String {
         self.set_pid(Some(process.pid()));
         if let Err(e) = self.write_pid_file(process.pid()) {
             tracing::warn!(volume = self.name, error = %e, "cannot write the pid file");
         }
+        let mut silence = Silence::default();
         loop {
-            match process.wait(Some(&self.wake), None) {
+            match process.wait(Some(&self.wake), Some(LOOK_EVERY)) {
                 Ok(Woken::Order) => {
                     let _ = rustix::io::read(&self.wake, &mut [0u8; 8]);
                     if lock(&self.status).order == Order::Stop {
@@ -220,7 +298,8 @@ impl Volume {
                         break;
                     }
                 }
-                Ok(Woken::Exited | Woken::Timeout) => break,
+                Ok(Woken::Timeout) => self.end_silent(&process, &mut silence, log),
+                Ok(Woken::Exited) => break,
                 Err(e) => {
                     tracing::error!(volume = self.name, error = %e, "cannot wait for csvfs; killing it");
                     process.signal(Signal::KILL);
@@ -233,6 +312,23 @@ impl Volume {
         let outcome = process.outcome();
         self.set_pid(None);
         outcome
+    }
+
+    /// What follows is as after any end: it is seen that nothing stays mounted.
+    fn end_silent(&self, process: &Process, silence: &mut Silence, log: &Mutex<EventLog>) {
+        let why = self.must_stop.why();
+        let request = Request::RoleStatus { volume: self.name.clone() };
+        let answers = || self.ask(&request, ANSWER_LIMIT).is_ok();
+        if !silence.look(Instant::now(), SILENT_LIMIT, why.is_some(), answers) {
+            return;
+        }
+        let text = format!(
+            "csvfs of {} does not answer, and I/O has to stop here ({}); it is killed",
+            self.name,
+            why.unwrap_or_default()
+        );
+        lock(log).add(&self.name, "csvfs-silent", text);
+        process.signal(Signal::KILL);
     }
 
     fn end(&self, process: &Process) {
@@ -323,6 +419,10 @@ mod tests {
 
     /// A csvfs that never listens: enough to be supervised.
     fn volume(dir: &Path) -> Arc<Volume> {
+        volume_that(dir, MustStop::new(|| None))
+    }
+
+    fn volume_that(dir: &Path, must_stop: MustStop) -> Arc<Volume> {
         let program = dir.join("csvfs");
         fs::write(&program, "#!/bin/sh\nexec sleep 600\n").unwrap();
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
@@ -332,7 +432,15 @@ mod tests {
             run_dir: dir.to_owned(),
             mount_point: dir.join("mount"),
         };
-        Arc::new(Volume::new("Volume1".into(), paths).unwrap())
+        let volume = Arc::new(Volume::new("Volume1".into(), paths, must_stop).unwrap());
+        // As an agent whose node may use the LUN.
+        let agent = Arc::downgrade(&volume);
+        volume.on_change(Box::new(move || {
+            if let Some(volume) = agent.upgrade() {
+                volume.permit();
+            }
+        }));
+        volume
     }
 
     fn wait_pid(volume: &Volume, wanted: impl Fn(Option<i32>) -> bool) -> Option<i32> {
@@ -373,6 +481,29 @@ mod tests {
         let kinds: Vec<String> = lock(&log).after(0).into_iter().map(|event| event.kind).collect();
         assert_eq!(kinds, ["csvfs-started", "csvfs-ended", "csvfs-started", "csvfs-ended"]);
         assert!(!volume.pid_file().exists());
+    }
+
+    #[test]
+    fn a_csvfs_that_does_not_answer_is_killed_while_the_node_is_cut_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let cut_off = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let is_cut_off = Arc::clone(&cut_off);
+        let why =
+            move || is_cut_off.load(std::sync::atomic::Ordering::SeqCst).then(|| "no quorum".to_owned());
+        let volume = volume_that(dir.path(), MustStop::new(why));
+        let log = Arc::new(Mutex::new(EventLog::open(dir.path(), NodeId(1))));
+        let (supervisor, its_log) = (Arc::clone(&volume), Arc::clone(&log));
+        let thread = std::thread::spawn(move || supervisor.supervise(&its_log));
+        let first = wait_pid(&volume, |pid| pid.is_some());
+        cut_off.store(true, std::sync::atomic::Ordering::SeqCst);
+        wait_pid(&volume, |pid| pid.is_some() && pid != first);
+        volume.order(Order::Stop);
+        volume.wait_ended();
+        thread.join().unwrap();
+        let events = lock(&log).after(0);
+        let silent = events.iter().find(|event| event.kind == "csvfs-silent").unwrap();
+        assert!(silent.message.contains("no quorum"), "{}", silent.message);
+        assert!(events.iter().any(|event| event.message.contains("signal 9")));
     }
 
     #[test]

@@ -7,8 +7,10 @@ use crate::ids::{Epoch, NodeId};
 use crate::mode::Mode;
 use serde::{Deserialize, Serialize};
 
-/// Longest line accepted in either direction, in bytes.
+/// Longest request, and longest answer of csvfs, in bytes.
 pub const LINE_BYTES_MAX: usize = 4 << 20;
+/// Longest answer of csvd, in bytes: the whole database, which is as long as a snapshot may be.
+pub const ANSWER_BYTES_MAX: usize = 256 << 20;
 
 /// A request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,8 +85,105 @@ pub enum Request {
         /// Why.
         reason: String,
     },
+    /// About the cluster; csvd's own.
+    Cluster {
+        /// What.
+        what: ClusterRequest,
+    },
     /// Clean stop.
     Stop,
+}
+
+/// A request about the cluster.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "cluster", rename_all = "kebab-case")]
+pub enum ClusterRequest {
+    /// Make a cluster with this node as its first.
+    Create {
+        /// Name, 1 to 15 characters.
+        name: String,
+        /// Identity; a random one when absent.
+        id: Option<uuid::Uuid>,
+        /// Settings that differ from their defaults.
+        settings: Vec<(String, String)>,
+    },
+    /// Become a node of the token's cluster.
+    Join {
+        /// From `csvctl cluster token`.
+        token: String,
+    },
+    /// Leave the cluster for good.
+    Leave,
+    /// End a cluster of one node.
+    Destroy,
+    /// Put a damaged database aside and join again.
+    Rejoin {
+        /// From `csvctl cluster token`.
+        token: String,
+        /// Also when this node's database is in order: what it has is given up.
+        #[serde(default)]
+        discard: bool,
+    },
+    /// Make a token with which machines join.
+    Token {
+        /// How long it is valid, in seconds.
+        valid_s: u64,
+        /// How many machines may use it.
+        uses: u32,
+    },
+    /// How the cluster is.
+    Status,
+    /// The database, without secrets.
+    Db,
+    /// A command for the database.
+    Command {
+        /// As csv-cluster writes it.
+        command: serde_json::Value,
+    },
+    /// Add the volume whose label this node finds under that name.
+    AddVolume {
+        /// Its name.
+        name: String,
+        /// Names of the nodes that should own it, best first.
+        preferred: Vec<String>,
+    },
+    /// Make a disk witness of a device of this node.
+    MakeDiskWitness {
+        /// The device.
+        device: std::path::PathBuf,
+        /// Name for people, and key of its device in a node's configuration.
+        name: String,
+        /// Overwrite what is on it.
+        force: bool,
+    },
+    /// Make a witness node known, which then joins with the token that is answered.
+    SetWitnessNode {
+        /// Its name.
+        name: String,
+        /// Its address.
+        addr: std::net::IpAddr,
+        /// For how long the token is valid, in seconds.
+        valid_s: u64,
+    },
+    /// Start this node alone, without quorum. What the others may have decided is given up.
+    ForceStart {
+        /// The cluster's name, as a sign that it is meant.
+        name: String,
+    },
+    /// Write a copy of the whole database, secrets included.
+    Backup {
+        /// File to write.
+        path: std::path::PathBuf,
+    },
+    /// Make a cluster of this node alone from a backup.
+    Restore {
+        /// File to read.
+        path: std::path::PathBuf,
+        /// The administrator knows that every other node of that cluster is down and stays so.
+        others_are_down: bool,
+    },
+    /// What every node sees of the others and of its LUNs.
+    Check,
 }
 
 /// What csvfs is to be for its volume. Orders may be repeated: one that is carried out already is answered with `Ok`.
@@ -107,6 +206,12 @@ pub enum RoleOrder {
         owner: NodeConfig,
         /// All nodes of the cluster.
         nodes: Vec<NodeConfig>,
+        /// This node's key on the LUN, if it has one.
+        #[serde(default)]
+        key: Option<u64>,
+        /// The LUN could not be registered on: data goes through the coordinator until another order says otherwise.
+        #[serde(default)]
+        unregistered: bool,
     },
     /// These nodes can write the LUN no more (coordinator).
     Gone {
@@ -114,6 +219,11 @@ pub enum RoleOrder {
         epoch: Epoch,
         /// Who.
         nodes: Vec<NodeId>,
+    },
+    /// Nodes have joined or left the cluster.
+    Nodes {
+        /// All of them now.
+        nodes: Vec<NodeConfig>,
     },
     /// This node may be presumed dead: no direct I/O from now on, and a coordinator stops at once, without writing. Ends with
     /// `Take` or `Follow`.
@@ -128,6 +238,9 @@ pub enum RoleOrder {
 pub struct TakeOrder {
     /// Number of the ownership: greater than any before.
     pub epoch: Epoch,
+    /// This node's key on the LUN, if there are reservations.
+    #[serde(default)]
+    pub key: Option<u64>,
     /// All nodes of the cluster.
     pub nodes: Vec<NodeConfig>,
     /// Nodes that can write the LUN no more: nobody waits for what they held.
@@ -186,6 +299,11 @@ pub enum Answer {
         /// The state.
         status: RoleStatus,
     },
+    /// Answer to a request about the cluster.
+    Cluster {
+        /// The answer; see `csvd::status`.
+        data: serde_json::Value,
+    },
     /// Refused; the text says why and what to do next.
     Error {
         /// For people.
@@ -202,6 +320,9 @@ pub struct RoleStatus {
     pub suspended: bool,
     /// The LUN has refused this node (reservation conflict) since it was suspended last.
     pub refused_by_lun: bool,
+    /// It does without the LUN, since csvd could not register on it.
+    #[serde(default)]
+    pub unregistered: bool,
     /// How data goes.
     pub mode: Mode,
 }

@@ -1,14 +1,32 @@
-//! The node's configuration file, `csv.toml`: who is in the cluster, which volumes there are, who coordinates
-//! them, and where this node keeps its things. Membership is fixed by this file until the cluster engine owns it.
-//!
-//! The same file can lie on every node except for `[local]` and a volume's `lun`.
+//! Two files of a node. `/etc/csv/csv.toml` ([`NodeFile`]) is the administrator's: what this machine is called, where it
+//! keeps its things, and where its LUNs are if they are not to be found by their labels. `<run_dir>/csv.toml` ([`Config`])
+//! is written by csvd from the cluster's database, for csvfs: who is in the cluster, and which volumes there are.
 
 use crate::ids::NodeId;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
-/// Whole file.
+/// `/etc/csv/csv.toml`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeFile {
+    /// This node.
+    pub local: LocalConfig,
+}
+
+impl NodeFile {
+    /// Parses a file's text.
+    ///
+    /// # Errors
+    /// What is wrong, in words that name the key.
+    pub fn parse(text: &str) -> Result<NodeFile, ConfigError> {
+        Ok(toml::from_str(text)?)
+    }
+}
+
+/// `<run_dir>/csv.toml`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
@@ -59,8 +77,17 @@ pub struct ClusterConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LocalConfig {
-    /// Name of this node; one of `[[node]]`.
+    /// Name of this node.
     pub node: String,
+    /// Address of this node for everything between nodes; needed to create or join a cluster.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addr: Option<IpAddr>,
+    /// TCP port of the cluster service (csvd), the same on every node.
+    #[serde(default = "default_cluster_port")]
+    pub cluster_port: u16,
+    /// Look for volumes that `luns` does not name on all disks, by their labels.
+    #[serde(default = "default_true")]
+    pub scan_luns: bool,
     /// Sockets and pids; lost at boot.
     #[serde(default = "default_run_dir")]
     pub run_dir: PathBuf,
@@ -73,6 +100,12 @@ pub struct LocalConfig {
     /// PEM files `ca.pem`, `node.pem`, `node.key` and the file `smb.password`.
     #[serde(default = "default_secrets_dir")]
     pub secrets_dir: PathBuf,
+    /// A kernel watchdog that resets this machine when csvd has no control over it any more, such as `/dev/watchdog`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watchdog: Option<PathBuf>,
+    /// Devices of volumes, by name.
+    #[serde(default)]
+    pub luns: BTreeMap<String, PathBuf>,
 }
 
 /// A node.
@@ -93,9 +126,6 @@ pub struct NodeConfig {
 pub struct VolumeConfig {
     /// Name of the directory under `/ClusterStorage`.
     pub name: String,
-    /// Name of the node that coordinates it; absent when the cluster engine says who.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub coordinator: Option<String>,
     /// Tells its ports from those of other volumes: [`PORTS_PER_VOLUME`] further for each.
     #[serde(default)]
     pub index: u16,
@@ -113,6 +143,12 @@ impl VolumeConfig {
     }
 }
 
+fn default_true() -> bool {
+    true
+}
+fn default_cluster_port() -> u16 {
+    7440
+}
 fn default_control_port() -> u16 {
     7450
 }
@@ -183,11 +219,6 @@ impl Config {
             ));
         }
         for (i, volume) in self.volumes.iter().enumerate() {
-            if let Some(name) = &volume.coordinator
-                && self.node(name).is_none()
-            {
-                return invalid(format!("volume {}: coordinator \"{name}\" is not a [[node]]", volume.name));
-            }
             if volume.name.is_empty() || volume.name.len() > 64 || volume.name.contains(['/', '\0']) {
                 return invalid(format!("volume name \"{}\" cannot be a directory name", volume.name));
             }
@@ -264,7 +295,6 @@ id = 2
 addr = "10.77.0.2"
 [[volume]]
 name = "Volume1"
-coordinator = "n2"
 lun = "/dev/loop0"
 "#;
 
@@ -281,7 +311,6 @@ lun = "/dev/loop0"
     fn contradictions_are_named() {
         for (from, to, word) in [
             ("node = \"n1\"", "node = \"n9\"", "n9"),
-            ("coordinator = \"n2\"", "coordinator = \"n7\"", "n7"),
             ("id = 2", "id = 1", "twice"),
             ("id = 2", "id = 65", "65"),
             ("name = \"Volume1\"", "name = \"a/b\"", "a/b"),

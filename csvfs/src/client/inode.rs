@@ -61,6 +61,8 @@ pub(crate) struct FileIo {
     pub(crate) redirected_until: Option<Instant>,
     /// What may be dirty at the coordinator only: fsync has to go there.
     pub(crate) at_coordinator: Unsynced,
+    /// A size was given back that the coordinator had not been told: it is made durable with the next commits.
+    pub(crate) size_left: bool,
     /// Acknowledged data may be lost: the next fsync says so, once.
     pub(crate) lost: bool,
     /// Device writes that no flush of the LUN has covered.

@@ -70,6 +70,14 @@ pub(crate) struct OpenHandle {
     pub(crate) flags: u32,
 }
 
+/// A call that changes a file, while it is under way.
+#[derive(Debug)]
+pub(crate) struct Change {
+    begun: u64,
+    /// The epoch of the other node's coordinator that was asked, if it was another's.
+    remote: Option<csv_types::Epoch>,
+}
+
 /// What a Welcome told.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SessionFacts {
@@ -266,8 +274,9 @@ impl VolumeClient {
         returns: &[csv_layout::cache::Return],
     ) {
         for back in returns {
-            if back.size.is_some() {
+            if back.size_dirty {
                 self.dirty_at_coordinator(io);
+                io.size_left = true;
             }
             let mtime = io.wrote_at.take();
             self.send_return(file, back, mtime);
@@ -277,6 +286,19 @@ impl VolumeClient {
     /// fsync of the file has to go to the coordinator from now on.
     pub(crate) fn dirty_at_coordinator(&self, io: &mut inode::FileIo) {
         io.at_coordinator.made(self.chan.epoch());
+    }
+
+    /// A call is going to change the file; to be given to [`VolumeClient::change_answered`].
+    pub(crate) fn change_begins(&self, io: &mut inode::FileIo) -> Change {
+        self.dirty_at_coordinator(io);
+        Change { begun: io.at_coordinator.begin(), remote: self.chan.remote_epoch() }
+    }
+
+    /// It succeeded. Another node's coordinator makes the whole file durable before it answers (`durable.rs` there).
+    pub(crate) fn change_answered(&self, io: &mut inode::FileIo, change: &Change) {
+        if change.remote.is_some() && change.remote == self.chan.remote_epoch() {
+            io.at_coordinator.done(change.begun);
+        }
     }
 
     fn send_return(&self, file: FileId, back: &csv_layout::cache::Return, mtime: Option<proto::Time>) {

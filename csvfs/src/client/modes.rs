@@ -30,6 +30,8 @@ enum Path {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Inputs {
     path: Path,
+    /// This node could not register on the LUN, whose guard would refuse its writes.
+    unregistered: bool,
     redirect: bool,
     maintenance: bool,
     /// The node was refused by the LUN, or may be presumed dead: no I/O.
@@ -52,8 +54,8 @@ impl Inputs {
         let without_path =
             if self.is_coordinator { ModeKind::FsRedirected } else { ModeKind::BlockRedirected };
         match &self.path {
-            Path::Good => Mode::DIRECT,
-            Path::Never => Mode { kind: without_path, reason: Reason::NoDiskConnectivity },
+            Path::Good if !self.unregistered => Mode::DIRECT,
+            Path::Good | Path::Never => Mode { kind: without_path, reason: Reason::NoDiskConnectivity },
             Path::Failed(why) => Mode { kind: without_path, reason: Reason::PathFailed(why.clone()) },
         }
     }
@@ -91,8 +93,14 @@ impl Modes {
     /// With the LUN as this node reaches it, if it does.
     pub(crate) fn new(lun: Option<Arc<Lun>>, events: Arc<Events>) -> Modes {
         let path = if lun.is_some() { Path::Good } else { Path::Never };
-        let inputs =
-            Inputs { path, redirect: false, maintenance: false, stopped: None, is_coordinator: false };
+        let inputs = Inputs {
+            path,
+            unregistered: false,
+            redirect: false,
+            maintenance: false,
+            stopped: None,
+            is_coordinator: false,
+        };
         let mode = inputs.mode();
         Modes {
             kind: AtomicU8::new(code(mode.kind)),
@@ -174,6 +182,16 @@ impl Modes {
         })
     }
 
+    /// csvd could not register this node on the LUN; or could.
+    pub(crate) fn unregistered(&self, unregistered: bool) {
+        self.change(|inputs| inputs.unregistered = unregistered);
+    }
+
+    /// See [`Modes::unregistered`].
+    pub(crate) fn is_unregistered(&self) -> bool {
+        self.state.lock().inputs.unregistered
+    }
+
     /// This node begins or ends to coordinate the volume.
     pub(crate) fn set_coordinator(&self, on: bool) {
         self.change(|inputs| inputs.is_coordinator = on);
@@ -227,12 +245,24 @@ mod tests {
     use super::*;
 
     fn inputs() -> Inputs {
-        Inputs { path: Path::Good, redirect: false, maintenance: false, stopped: None, is_coordinator: false }
+        Inputs {
+            path: Path::Good,
+            unregistered: false,
+            redirect: false,
+            maintenance: false,
+            stopped: None,
+            is_coordinator: false,
+        }
     }
 
     #[test]
     fn one_answer_for_every_combination() {
         assert_eq!(inputs().mode(), Mode::DIRECT);
+        let unregistered = Inputs { unregistered: true, ..inputs() };
+        assert_eq!(unregistered.mode().kind, ModeKind::BlockRedirected);
+        assert_eq!(unregistered.mode().reason, Reason::NoDiskConnectivity);
+        let failed = Inputs { path: Path::Failed("EIO".into()), ..unregistered };
+        assert_eq!(failed.mode().reason, Reason::PathFailed("EIO".into()));
         let failed = Inputs { path: Path::Failed("EIO".into()), ..inputs() };
         assert_eq!(failed.mode().kind, ModeKind::BlockRedirected);
         assert_eq!(failed.mode().reason, Reason::PathFailed("EIO".into()));

@@ -519,10 +519,12 @@ impl Filesystem for CsvFs {
     ) {
         let outcome = self.inode(ino).and_then(|inode| {
             self.client.commit(caller(request, 0), &inode)?;
-            self.client.dirty_at_coordinator(&mut inode.io.lock());
+            let change = self.client.change_begins(&mut inode.io.lock());
             let mode = mode.cast_unsigned();
             let op = proto::Fallocate { file: Some(inode.file.into()), offset, len: length, mode };
-            self.change(request, inode.file, Op::Fallocate(op))
+            let done = self.change(request, inode.file, Op::Fallocate(op))?;
+            self.client.change_answered(&mut inode.io.lock(), &change);
+            Ok(done)
         });
         answer!(reply, outcome, _ => reply.ok());
     }
@@ -563,7 +565,7 @@ impl Filesystem for CsvFs {
         let outcome = self.inode(ino_in).and_then(|from| {
             let to = self.inode(ino_out)?;
             self.client.commit(caller(request, 0), &from)?;
-            self.client.dirty_at_coordinator(&mut to.io.lock());
+            let change = self.client.change_begins(&mut to.io.lock());
             let op = proto::CopyRange {
                 src: Some(from.file.into()),
                 src_offset: offset_in,
@@ -572,7 +574,9 @@ impl Filesystem for CsvFs {
                 // The reply has 32 bits; the caller repeats for the rest.
                 len: len.min(COPY_BYTES_MAX),
             };
-            match self.change(request, to.file, Op::CopyRange(op))? {
+            let done = self.change(request, to.file, Op::CopyRange(op))?;
+            self.client.change_answered(&mut to.io.lock(), &change);
+            match done {
                 Some(Body::Count(copied)) => Ok(u32::try_from(copied.value).unwrap_or(u32::MAX)),
                 Some(_) | None => Err(Errno::PROTO),
             }

@@ -36,6 +36,10 @@ impl Link for LocalLink {
             self.coordinator.message(session, message);
         }
     }
+
+    fn is_local(&self) -> bool {
+        true
+    }
 }
 
 /// `None` ends the session.

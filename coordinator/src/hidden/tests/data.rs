@@ -26,9 +26,9 @@ fn what_is_written_is_read_both_ways_at_any_offset() {
             assert!(fs.read(file, at, asked).unwrap() == data[offset..end], "read {offset} {len}");
             assert!(fs.read_direct(file, at, asked).unwrap() == data[offset..end], "direct {offset} {len}");
         }
-        assert_eq!(fs.read(file, 3_000_017, 10).unwrap(), []);
-        assert_eq!(fs.read_direct(file, 3_000_017, 10).unwrap(), []);
-        assert_eq!(fs.read_direct(file, 9_000_000, 10).unwrap(), []);
+        assert!(fs.read(file, 3_000_017, 10).unwrap().is_empty());
+        assert!(fs.read_direct(file, 3_000_017, 10).unwrap().is_empty());
+        assert!(fs.read_direct(file, 9_000_000, 10).unwrap().is_empty());
         assert_eq!(fs.read(file, 0, (64 << 20) + 1).unwrap_err(), Errno::INVAL);
     });
 }

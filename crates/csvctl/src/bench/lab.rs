@@ -122,7 +122,7 @@ impl BenchLab {
 
     /// The LUN's device on a node.
     pub(super) fn lun(&self, node: &str) -> anyhow::Result<String> {
-        let config = Config::parse(&self.exec(node, &["cat", "/etc/csv/csv.toml"])?)?;
+        let config = Config::parse(&self.exec(node, &["cat", "/run/csv/csv.toml"])?)?;
         let lun = config.volume(&self.volume).and_then(|volume| volume.lun.clone());
         let lun = lun.with_context(|| format!("node {node} has no path to the LUN of {}", self.volume))?;
         Ok(lun.to_string_lossy().into_owned())

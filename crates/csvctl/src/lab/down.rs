@@ -33,8 +33,10 @@ pub(crate) fn run(name: &str) -> anyhow::Result<()> {
     };
     let mut failures = Vec::new();
     failures.extend(kill_all(&namespaces).err());
-    for device in lun::attached(&dir.join("lun.img")) {
-        failures.extend(lun::detach(&device).err());
+    for image in ["lun.img", "witness.img"] {
+        for device in lun::attached(&dir.join(image)) {
+            failures.extend(lun::detach(&device).err());
+        }
     }
     // The bridge's namespace last: its links go with the nodes'.
     for ns in namespaces.iter().rev() {

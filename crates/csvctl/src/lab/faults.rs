@@ -1,7 +1,7 @@
 //! What can happen to a node: power cut, clean stop, restart, network partition, path to the LUN failing.
 
 use super::node::{self, running};
-use super::spec::{Lab, LabNode};
+use super::spec::{Lab, LabNode, WITNESS};
 use super::sys::wait_until;
 use super::{lun, net, ready};
 use crate::admin;
@@ -44,7 +44,7 @@ pub(super) fn crash(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
 fn take_path(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     let node = lab.node_mut(name)?;
     node.holder_pid = None;
-    if let Some(device) = node.lun.take() {
+    for device in [node.lun.take(), node.witness_lun.take()].into_iter().flatten() {
         lun::detach(&device)?;
     }
     lab.save()
@@ -103,13 +103,17 @@ pub(super) fn partition(lab: &Lab, name: &str, from: Option<&str>) -> anyhow::Re
     net::partition(lab, node, &others)
 }
 
-/// Sets the fault of the node's path to the LUN.
-pub(super) fn path_fault(lab: &Lab, name: &str, fault: PathFault) -> anyhow::Result<()> {
+/// Sets the fault of the node's path to the LUN, or to the witness LUN.
+pub(super) fn path_fault(lab: &Lab, name: &str, fault: PathFault, witness: bool) -> anyhow::Result<()> {
     let node = lab.node(name)?;
-    if !node.path {
+    if witness && !lab.witness {
+        bail!("this lab has no disk witness; `csvctl lab up --witness` makes one");
+    }
+    if !witness && !node.path {
         bail!("{name} has no path to the LUN in this lab");
     }
     let socket = node::path_of(lab, node, "/run/csv/csvd.sock")?;
-    let request = Request::Fault { volume: lab.volume.clone(), fault };
+    let volume = if witness { WITNESS.to_owned() } else { lab.volume.clone() };
+    let request = Request::Fault { volume, fault };
     admin::ask_socket(&socket, &request, CRASH_LIMIT).map(drop)
 }

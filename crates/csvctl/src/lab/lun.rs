@@ -84,7 +84,15 @@ pub(super) fn detach(device: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     run("losetup", &["-d".as_ref(), device.as_os_str()])?;
-    if !wait_until(DETACH_LIMIT, || !sysfs(device).exists()) {
+    // Whoever fences the node at this moment may undo the order to detach when the last user is gone.
+    let gone = || {
+        let gone = !sysfs(device).exists();
+        if !gone {
+            let _ = run("losetup", &["-d".as_ref(), device.as_os_str()]);
+        }
+        gone
+    };
+    if !wait_until(DETACH_LIMIT, gone) {
         bail!("{} is still in use; `fuser -vm {0}` may tell by whom", device.display());
     }
     Ok(())
@@ -92,10 +100,16 @@ pub(super) fn detach(device: &Path) -> anyhow::Result<()> {
 
 /// Attaches what the nodes with a path lack.
 pub(super) fn attach_nodes(lab: &mut Lab) -> anyhow::Result<()> {
-    let image = lab.lun_image();
-    for node in lab.nodes.iter_mut().filter(|node| node.path) {
-        if node.lun.as_ref().is_none_or(|device| !sysfs(device).exists()) {
+    let (image, witness) = (lab.lun_image(), lab.witness.then(|| lab.witness_image()));
+    let lacks = |device: &Option<PathBuf>| device.as_ref().is_none_or(|device| !sysfs(device).exists());
+    for node in &mut lab.nodes {
+        if node.path && lacks(&node.lun) {
             node.lun = Some(attach(&image)?);
+        }
+        if let Some(witness) = &witness
+            && lacks(&node.witness_lun)
+        {
+            node.witness_lun = Some(attach(witness)?);
         }
     }
     lab.save()

@@ -3,6 +3,7 @@
 //! Every node is a network, mount, PID, IPC and host-name namespace with its own csvd, csvfs and smbd; the LUN is one
 //! file with a loop device per node. The commands here only choose; the work is done by the modules.
 
+mod cluster;
 mod down;
 mod enter;
 mod faults;
@@ -10,7 +11,6 @@ mod lun;
 mod net;
 mod node;
 mod ready;
-mod secrets;
 mod spec;
 mod sys;
 mod up;
@@ -75,9 +75,21 @@ pub(crate) enum LabCommand {
         name: Option<String>,
     },
     /// Make every I/O of a node to the LUN fail.
-    FailPath(NodeArg),
+    FailPath {
+        #[command(flatten)]
+        node: NodeArg,
+        /// To the witness LUN.
+        #[arg(long)]
+        witness: bool,
+    },
     /// Undo fail-path and delay-path.
-    HealPath(NodeArg),
+    HealPath {
+        #[command(flatten)]
+        node: NodeArg,
+        /// To the witness LUN.
+        #[arg(long)]
+        witness: bool,
+    },
     /// Make every I/O of a node to the LUN slower.
     DelayPath {
         #[command(flatten)]
@@ -152,10 +164,14 @@ pub(crate) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
             faults::partition(&node.load()?, &node.node, from.as_deref())?;
         }
         LabCommand::Heal { name } => net::heal(&load(name.as_deref())?)?,
-        LabCommand::FailPath(arg) => faults::path_fault(&arg.load()?, &arg.node, PathFault::Fail)?,
-        LabCommand::HealPath(arg) => faults::path_fault(&arg.load()?, &arg.node, PathFault::Heal)?,
+        LabCommand::FailPath { node, witness } => {
+            faults::path_fault(&node.load()?, &node.node, PathFault::Fail, witness)?;
+        }
+        LabCommand::HealPath { node, witness } => {
+            faults::path_fault(&node.load()?, &node.node, PathFault::Heal, witness)?;
+        }
         LabCommand::DelayPath { node, ms } => {
-            faults::path_fault(&node.load()?, &node.node, PathFault::DelayMs(ms))?;
+            faults::path_fault(&node.load()?, &node.node, PathFault::DelayMs(ms), false)?;
         }
         LabCommand::NodeInit(args) => node::init(&args)?,
     }

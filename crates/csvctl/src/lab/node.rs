@@ -5,21 +5,23 @@
 //! makes the private directories and then only reaps. `/run/csv` and `/ClusterStorage` are fresh at each start, as
 //! after a boot; `/etc/csv` and `/var/lib/csv` lie in the lab's directory and stay.
 
-use super::spec::{Lab, LabNode};
+use super::spec::{Lab, LabNode, WITNESS};
 use super::sys::{run_command, wait_until};
 use super::{lun, net};
 use anyhow::{Context, bail};
-use csv_types::NodeId;
-use csv_types::config::{ClusterConfig, Config, LocalConfig, NodeConfig, VolumeConfig};
+use csv_types::config::{LocalConfig, NodeFile};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+/// The cluster service's port; each node has a network of its own.
+const CLUSTER_PORT: u16 = 7440;
 /// Time for the holder to make its mounts.
 const HOLDER_LIMIT: Duration = Duration::from_secs(10);
 /// Time for a killed node to be gone; the kernel has to end every process of it.
@@ -83,45 +85,30 @@ fn detach_volumes() {
     }
 }
 
-/// Writes the node's csv.toml for its present LUN device.
-fn write_config(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
-    let config = Config {
-        cluster: ClusterConfig { smb_encrypt: lab.smb_encrypt, ..cluster_defaults(lab)? },
-        local: LocalConfig {
-            node: node.name.clone(),
-            run_dir: "/run/csv".into(),
-            state_dir: "/var/lib/csv".into(),
-            mount_dir: "/ClusterStorage".into(),
-            secrets_dir: "/etc/csv/secrets".into(),
-        },
-        nodes: lab
-            .nodes
-            .iter()
-            .map(|n| NodeConfig { name: n.name.clone(), id: NodeId(n.id), addr: lab.addr(n).into() })
-            .collect(),
-        volumes: vec![VolumeConfig {
-            name: lab.volume.clone(),
-            coordinator: Some(lab.coordinator.clone()),
-            index: 0,
-            lun: node.lun.clone(),
-        }],
-    };
-    let text = toml::to_string(&config)?;
-    Config::parse(&text).context("the lab's configuration contradicts itself")?;
-    let path = lab.node_dir(&node.name).join("etc/csv.toml");
-    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+fn luns(lab: &Lab, node: &LabNode) -> BTreeMap<String, PathBuf> {
+    let volume = node.lun.iter().map(|lun| (lab.volume.clone(), lun.clone()));
+    let witness = node.witness_lun.iter().map(|lun| (WITNESS.to_owned(), lun.clone()));
+    volume.chain(witness).collect()
 }
 
-/// The cluster section with the product's own defaults for what the lab does not set.
-fn cluster_defaults(lab: &Lab) -> anyhow::Result<ClusterConfig> {
-    let mut text = format!("name = \"{}\"\nid = \"{}\"\n", lab.name, lab.cluster_id);
-    if let Some(lease_ms) = lab.lease_ms {
-        text += &format!("lease_ms = {lease_ms}\nrecall_ms = {}\n", lease_ms / 2);
-    }
-    if let Some(ms) = lab.op_timeout_ms {
-        text += &format!("op_timeout_ms = {ms}\n");
-    }
-    Ok(toml::from_str(&text)?)
+/// Writes the node's csv.toml for its present LUN device.
+fn write_config(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
+    let local = LocalConfig {
+        watchdog: None,
+        node: node.name.clone(),
+        addr: Some(lab.addr(node).into()),
+        cluster_port: CLUSTER_PORT,
+        // The loop devices of all labs are on this machine; each node has its own.
+        scan_luns: false,
+        run_dir: "/run/csv".into(),
+        state_dir: "/var/lib/csv".into(),
+        mount_dir: "/ClusterStorage".into(),
+        secrets_dir: "/etc/csv/secrets".into(),
+        luns: luns(lab, node),
+    };
+    let text = toml::to_string(&NodeFile { local })?;
+    let path = lab.node_dir(&node.name).join("etc/csv.toml");
+    fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Is the node's first process there, and is it really this node's?

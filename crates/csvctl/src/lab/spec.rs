@@ -16,6 +16,8 @@ use std::path::{Path, PathBuf};
 const REGISTRY: &str = "/run/csv-lab";
 /// Where labs lie unless `--dir` says otherwise.
 const DEFAULT_PARENT: &str = "/var/tmp/csv-lab";
+/// Name of the lab's disk witness.
+pub(crate) const WITNESS: &str = "witness";
 /// Directories of the node that are private to it. The host must have them as mount points.
 pub(crate) const NODE_DIRS: [&str; 4] = ["/ClusterStorage", "/run/csv", "/var/lib/csv", "/etc/csv"];
 
@@ -32,6 +34,12 @@ pub(crate) struct Lab {
     pub(crate) lease_ms: Option<u64>,
     pub(crate) op_timeout_ms: Option<u64>,
     pub(crate) smb_encrypt: bool,
+    /// Has it a disk witness?
+    #[serde(default)]
+    pub(crate) witness: bool,
+    /// Settings of the cluster that differ from their defaults.
+    #[serde(default)]
+    pub(crate) settings: Vec<(String, String)>,
     pub(crate) nodes: Vec<LabNode>,
 }
 
@@ -44,6 +52,9 @@ pub(crate) struct LabNode {
     pub(crate) path: bool,
     /// The loop device that is its path, while it has one.
     pub(crate) lun: Option<PathBuf>,
+    /// The loop device that is its path to the witness LUN, while it has one.
+    #[serde(default)]
+    pub(crate) witness_lun: Option<PathBuf>,
     /// First process of the node, as the host numbers it.
     pub(crate) holder_pid: Option<i32>,
 }
@@ -237,6 +248,10 @@ impl Lab {
 
     pub(crate) fn lun_image(&self) -> PathBuf {
         self.dir.join("lun.img")
+    }
+
+    pub(crate) fn witness_image(&self) -> PathBuf {
+        self.dir.join("witness.img")
     }
 
     pub(crate) fn node_dir(&self, node: &str) -> PathBuf {

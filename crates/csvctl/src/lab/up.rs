@@ -4,7 +4,7 @@
 
 use super::spec::{self, Lab, LabNode, NODE_DIRS, RegistryLock};
 use super::sys::run_command;
-use super::{down, lun, net, node, ready, secrets};
+use super::{cluster, down, lun, net, node, ready};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::fs::{self, DirBuilder};
@@ -12,6 +12,9 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+
+/// Size of the witness LUN.
+const WITNESS_BYTES: u64 = 64 << 20;
 
 /// Arguments of `csvctl lab up`.
 #[derive(Debug, clap::Args)]
@@ -52,6 +55,12 @@ pub(crate) struct UpArgs {
     /// Encrypt SMB besides signing it.
     #[arg(long)]
     smb_encrypt: bool,
+    /// A setting of the cluster.
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = crate::cluster::key_value)]
+    settings: Vec<(String, String)>,
+    /// With a disk witness: a second small LUN, to which every node has a path.
+    #[arg(long)]
+    witness: bool,
     /// Write the whole LUN once, so that benchmarks see no first writes of the host's file system.
     #[arg(long)]
     prealloc: bool,
@@ -141,12 +150,15 @@ fn plan(args: &UpArgs) -> anyhow::Result<Lab> {
         lease_ms: args.lease_ms,
         op_timeout_ms: args.op_timeout_ms,
         smb_encrypt: args.smb_encrypt,
+        settings: args.settings.clone(),
+        witness: args.witness,
         nodes: nodes
             .map(|(id, name)| LabNode {
                 name: name.clone(),
                 id,
                 path: !no_path.contains(name),
                 lun: None,
+                witness_lun: None,
                 holder_pid: None,
             })
             .collect(),
@@ -169,10 +181,11 @@ fn prepare(lock: &RegistryLock, mut lab: Lab, args: &UpArgs, progress: &Progress
     lock.make_mount_points()?;
     progress.set_message("network");
     net::create(&lab)?;
-    progress.set_message("certificates");
-    secrets::create(&lab)?;
     progress.set_message("LUN");
     lun::create_image(&lab.lun_image(), args.size, args.prealloc)?;
+    if lab.witness {
+        lun::create_image(&lab.witness_image(), WITNESS_BYTES, false)?;
+    }
     progress.set_message(format!("{} on the LUN", args.fs));
     // Through a device of its own, so that no node's device has seen the LUN before the volume was on it.
     let device = lun::attach(&lab.lun_image())?;
@@ -191,14 +204,20 @@ fn create_volume(lab: &Lab, device: &Path, fs: &str) -> anyhow::Result<()> {
     run_command(&mut command).context("cannot create the volume").map(drop)
 }
 
-/// Starts the coordinator first, then the others, and waits for each.
+/// Starts the nodes, makes the cluster and waits for each.
 fn start(lab: &mut Lab, args: &UpArgs, progress: &ProgressBar) -> anyhow::Result<()> {
-    let mut names: Vec<String> = lab.nodes.iter().map(|node| node.name.clone()).collect();
-    names.sort_by_key(|name| *name != lab.coordinator);
+    let names: Vec<String> = lab.nodes.iter().map(|node| node.name.clone()).collect();
     for name in &names {
         progress.set_message(format!("starting {name}"));
         node::start(lab, name)?;
     }
+    cluster::create(lab, &|step| progress.set_message(step))?;
+    if lab.witness {
+        progress.set_message("disk witness");
+        cluster::add_witness(lab, Duration::from_secs(args.timeout_s))?;
+    }
+    progress.set_message(format!("{} on {}", lab.volume, lab.coordinator));
+    cluster::add_volume(lab, Duration::from_secs(args.timeout_s))?;
     for name in &names {
         progress.set_message(format!("waiting for {name} to serve {}", lab.volume));
         ready::wait(lab, name, Duration::from_secs(args.timeout_s))?;

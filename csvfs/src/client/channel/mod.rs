@@ -46,6 +46,11 @@ const EARLY_INTERRUPTS_MAX: usize = 1024;
 pub(crate) trait Link: Send + Sync + std::fmt::Debug {
     /// Queues a message.
     fn send(&self, message: proto::ClientMessage);
+
+    /// Is the coordinator in this process?
+    fn is_local(&self) -> bool {
+        false
+    }
 }
 
 /// Runs in the thread that received a reply, before anything that the coordinator sent later is looked at.
@@ -228,6 +233,12 @@ impl Channel {
     /// Epoch of the ownership that the session belongs to.
     pub(crate) fn epoch(&self) -> Epoch {
         self.state.lock().epoch
+    }
+
+    /// The epoch, if the coordinator is another node's: it makes durable what it answers.
+    pub(crate) fn remote_epoch(&self) -> Option<Epoch> {
+        let state = self.state.lock();
+        state.link.as_ref().filter(|link| !link.is_local()).map(|_| state.epoch)
     }
 
     /// Is the coordinator reachable and ready for calls?

@@ -27,6 +27,7 @@ impl VolumeClient {
             mtime,
             kill_suidgid: false,
         });
+        let told_here = self.chan.remote_epoch().is_none();
         let outcome = self.chan.call(caller, op);
         self.meta.changed(&[inode.file], &[]);
         let mut io = inode.io.lock();
@@ -34,7 +35,10 @@ impl VolumeClient {
             Ok(_) => {
                 if let Some(size) = size {
                     io.cache.size_committed(size);
-                    self.dirty_at_coordinator(&mut io);
+                    // Another node's coordinator has made it durable before it answered.
+                    if told_here || self.chan.remote_epoch().is_none() {
+                        self.dirty_at_coordinator(&mut io);
+                    }
                 }
                 Ok(())
             }
@@ -70,7 +74,9 @@ impl VolumeClient {
         Ok(())
     }
 
-    /// A coordinator ended without writing back: what depended on it is lost.
+    /// A coordinator ended without writing back: what depended on it is lost. A size that only this node knows is
+    /// not: what was written is on the LUN, the space for it was durable when it was lent, and the next
+    /// coordinator is told the size.
     pub(crate) fn unsynced_lost(&self, epoch: Epoch) {
         for inode in self.inodes.all() {
             let mut io = inode.io.lock();
@@ -96,14 +102,34 @@ impl VolumeClient {
             self.flush_lun()?;
         }
         if ask_coordinator || !self.modes.is_direct() {
-            let op = Op::Fsync(proto::Fsync { file: Some(inode.file.into()), datasync, dir: false });
-            self.chan.call(caller, op)?;
-            inode.io.lock().at_coordinator.done(at_coordinator);
+            self.sync_there(caller, inode, at_coordinator, datasync)?;
         }
         if let Some(begun) = on_device {
             inode.io.lock().on_device.done(begun);
         }
         Ok(())
+    }
+
+    /// Makes what had been done at the coordinator when `begun` was noted durable there.
+    fn sync_there(&self, caller: Caller, inode: &Inode, begun: u64, datasync: bool) -> Result<(), Errno> {
+        let op = Op::Fsync(proto::Fsync { file: Some(inode.file.into()), datasync, dir: false });
+        self.chan.call(caller, op)?;
+        inode.io.lock().at_coordinator.done(begun);
+        Ok(())
+    }
+
+    /// A size that a recall took along was told to a coordinator that had others waiting for it.
+    fn sync_size_left(&self, inode: &Inode) -> Result<(), Errno> {
+        let begun = {
+            let mut io = inode.io.lock();
+            if !std::mem::take(&mut io.size_left) {
+                return Ok(());
+            }
+            io.at_coordinator.begin()
+        };
+        let synced = self.sync_there(Caller::default(), inode, begun, true);
+        inode.io.lock().size_left |= synced.is_err();
+        synced
     }
 
     pub(super) fn flush_lun(&self) -> Result<(), Errno> {
@@ -121,11 +147,14 @@ impl VolumeClient {
     /// Files written since their last commit, for the timer.
     pub(crate) fn commit_all(&self) {
         for inode in self.inodes.all() {
-            if !self.has_uncommitted(&inode) {
-                continue;
-            }
-            let committed = self.commit(Caller::default(), &inode);
-            self.closed(&inode);
+            let committed = if self.has_uncommitted(&inode) {
+                let committed = self.commit(Caller::default(), &inode);
+                self.closed(&inode);
+                committed
+            } else {
+                Ok(())
+            };
+            let committed = committed.and_then(|()| self.sync_size_left(&inode));
             if let Err(error) = committed {
                 tracing::debug!(%error, file = %inode.file, "commit is tried again later");
                 if error == Errno::IO {

@@ -238,6 +238,7 @@ impl VolumeClient {
     ) -> Result<(), Errno> {
         let mut done = 0;
         for piece in write.data.chunks(IO_BYTES_MAX) {
+            let change = self.change_begins(&mut inode.io.lock());
             let op = Op::Write(proto::Write {
                 file: Some(inode.file.into()),
                 offset: write.offset + done,
@@ -251,7 +252,7 @@ impl VolumeClient {
             done += piece.len() as u64;
             count(&self.counts.control_writes, 1);
             let mut io = inode.io.lock();
-            self.dirty_at_coordinator(&mut io);
+            self.change_answered(&mut io, &change);
             match reply.body {
                 Some(Body::Count(proto::Count { attr: Some(attr), .. })) => io.known_size = attr.size,
                 Some(_) | None => io.known_size = io.known_size.max(write.offset + done),
