@@ -8,13 +8,14 @@ CSVCTL := target/release/csvctl
 # Labs are made of namespaces, mounts and loop devices.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env PATH=$(PATH))
 
-.PHONY: help build lab lab-down vm-demo bench test test-unit test-e2e check deps
+.PHONY: help build lab lab-down vm-demo bench test test-unit test-e2e test-vm check deps
 
 help:
 	@echo "make lab        cluster of three nodes, a VM booted on two of them, short benchmark; the lab stays up"
 	@echo "make lab-down   removes the lab"
 	@echo "make test       everything: format, lints, documentation, unit and end-to-end tests"
 	@echo "make test-unit  unit tests only"
+	@echo "make test-vm    a cluster of three virtual machines with a SCSI disk between them, and its faults (10 minutes)"
 	@echo "make check      format, lints and documentation only"
 	@echo "make bench      full benchmark, report in out/bench.html"
 	@echo "make build      release build of all programs"
@@ -60,5 +61,11 @@ test-unit: deps
 
 test-e2e: build
 	$(SUDO) $(CARGO) test -p csv-tests --release --no-fail-fast -- --test-threads=1
+
+# Three nodes and a storage as virtual machines; needs no KVM. Not part of `test`. Says so where it cannot run.
+test-vm: build
+	@scripts/deps.sh guests || echo "test-vm: what the guests need cannot be installed here"
+	$(CARGO) build --release -p csv-lun --example pr
+	$(SUDO) $(CARGO) test -p csv-tests --release --test guests -- --nocapture --test-threads=1
 
 test: check test-unit test-e2e

@@ -2,6 +2,8 @@
 # Installs what building, running and testing csvfs need on Debian: system packages and, where there is none or one
 # too old, the Rust toolchain. Does nothing, quickly, when all is there. The package lists are fetched once, and only
 # when something is missing.
+#
+#   scripts/deps.sh [guests]      with what `make test-vm` needs besides
 set -euo pipefail
 
 PACKAGES=(
@@ -13,6 +15,11 @@ PACKAGES=(
     acl attr busybox-static cpio fio kmod procps psmisc qemu-system-x86 qemu-utils
 )
 RUST_MIN=1.88
+
+if [[ ${1:-} == guests ]]; then
+    # QEMU's iSCSI initiator; the kernel's package is unpacked.
+    PACKAGES+=(qemu-block-extra dmsetup xz-utils zstd)
+fi
 
 # Samba's module catia is in a package of its own up to Debian 12, and in samba itself from 13 on.
 if (. /etc/os-release && [[ ${ID:-} == debian && ${VERSION_ID:-99} -lt 13 ]]); then

@@ -200,15 +200,20 @@ fn coordinator_killed() -> anyhow::Result<()> {
         Ok((lab.state("n1")?.io.direct_reads > reads + 1000).then_some(()))
     })?;
 
-    // csvd is stopped first, so that it cannot start csvfs again before its time.
+    // Every csvd is stopped first, so that nobody takes the volume over before its time.
     let csvfs = lab.sh("n2", &format!("cat /run/csv/{VOLUME}.pid"))?.trim().to_owned();
-    let csvd = lab.sh("n2", &format!("awk '/^PPid/ {{print $2}}' /proc/{csvfs}/status"))?.trim().to_owned();
-    lab.sh("n2", &format!("grep -q csvd /proc/{csvd}/comm; kill -STOP {csvd}; kill -KILL {csvfs}"))?;
+    let signal_csvds = |signal: &str| {
+        ["n1", "n2", "n3"]
+            .iter()
+            .try_for_each(|node| lab.sh(node, &format!("pkill -{signal} -x csvd")).map(drop))
+    };
+    signal_csvds("STOP")?;
+    lab.sh("n2", &format!("kill -KILL {csvfs}"))?;
     let killed = Instant::now();
     waiter.send(&Op::Truncate { name: "data2".into(), size: 0 })?;
     let answer = waiter.answer(OUTAGE)?;
     let interrupted = interrupt(&lab);
-    lab.sh("n2", &format!("kill -CONT {csvd}"))?;
+    signal_csvds("CONT")?;
     ensure!(answer.is_none(), "an operation was answered without a coordinator: {answer:?}");
     interrupted?;
     let answer = waiter.answer(DEADLINE)?.context("the waiting operation never ended")?;
@@ -263,7 +268,7 @@ fn interrupt(lab: &Lab) -> anyhow::Result<()> {
 #[test]
 fn strangers_are_refused() -> anyhow::Result<()> {
     let lab = Lab::up_with("strange", "ext4", &["--size", "512M"])?;
-    let config = csv_types::config::Config::parse(&lab.sh("n2", "cat /etc/csv/csv.toml")?)?;
+    let config = csv_types::config::Config::parse(&lab.sh("n2", "cat /run/csv/csv.toml")?)?;
     let secrets = config.local.secrets_dir.display().to_string();
     let volume = config.volume(VOLUME).context("no volume")?;
     let control = config.control_addr(config.me(), volume);
@@ -302,7 +307,7 @@ fn strangers_are_refused() -> anyhow::Result<()> {
 #[test]
 fn a_refused_smb_password_fails_no_io() -> anyhow::Result<()> {
     let lab = Lab::up_with("password", "ext4", &["--size", "512M"])?;
-    let config = csv_types::config::Config::parse(&lab.sh("n3", "cat /etc/csv/csv.toml")?)?;
+    let config = csv_types::config::Config::parse(&lab.sh("n3", "cat /run/csv/csv.toml")?)?;
     let file = config.local.secrets_dir.join("smb.password").display().to_string();
     let mode_of = |node: &str| lab.state(node).map(|row| row.mode);
     lab.sh("n3", &format!("cp -L {file} /run/csv/right; rm {file}; echo wrong > {file}"))?;
@@ -321,7 +326,7 @@ fn a_refused_smb_password_fails_no_io() -> anyhow::Result<()> {
         &format!("dd if=/dev/urandom of={image} bs=64k count=16 seek=8 oflag=direct conv=notrunc,fsync"),
     )?;
     ensure!(sum("n3")? == sum("n1")?, "n3 wrote other data");
-    let events = lab.ctl("n3", &["events"])?;
+    let events = lab.ctl("n3", &["events", "--local"])?;
     ensure!(events.contains("smb-error") && events.contains("password"), "no event tells why:\n{events}");
     let io = lab.state("n3")?.io;
     ensure!(io.control_reads > 0 && io.control_writes > 0 && io.block_writes == 0, "{io:?}");

@@ -67,6 +67,9 @@ fn strike(lab: &Lab, rng: &mut Rng) -> anyhow::Result<String> {
                 let back = |node: &str| lab.state(node).map(|row| row.epoch > epoch);
                 Ok((back("n1")? && back("n3")?).then_some(()))
             })?;
+            // The load of n1 is not to lose the csvfs that it stands on, so n2 gets the volume back.
+            lab.wait_mode("n2", "direct")?;
+            lab.move_volume("n2")?;
             Ok("csvfs of the coordinator".into())
         }
         2 => {

@@ -54,7 +54,7 @@ fn fio_verifies_through_failing_and_healing_paths() -> anyhow::Result<()> {
     ensure!(text.contains("err= 0"), "fio saw errors ({status:?}):\n{text}");
     ensure!(!text.contains("verify: bad"), "fio read wrong data:\n{text}");
 
-    let events = lab.ctl("n1", &["events", "--json"])?;
+    let events = lab.ctl("n1", &["events", "--local", "--json"])?;
     let changes = events.matches("mode-change").count();
     println!("path_failover: {ROUNDS} failures, {changes} mode changes in the log");
     ensure!(changes >= 2 * usize::try_from(ROUNDS)?, "only {changes} mode changes in the log:\n{events}");

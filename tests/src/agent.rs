@@ -58,6 +58,7 @@ impl Agent {
             }
             Op::StatSlot { slot } => self.file(*slot)?.metadata().map(|stat| attributes(&stat)),
             Op::List => self.list(),
+            Op::SyncDir => self.sync_dir(),
             Op::Lock { slot, kind, mode, start, len, wait } => {
                 lock(self.file(*slot)?, *kind, *mode, *start, *len, *wait)
             }
@@ -79,6 +80,14 @@ impl Agent {
         let path = self.root.join(name);
         let file = OpenOptions::new().read(true).write(true).mode(0o644).custom_flags(flags).open(path)?;
         self.slots.insert(slot, file);
+        Ok(Reply::Done)
+    }
+
+    fn sync_dir(&self) -> io::Result<Reply> {
+        for entry in std::fs::read_dir(&self.root)? {
+            File::open(entry?.path())?.sync_all()?;
+        }
+        File::open(&self.root)?.sync_all()?;
         Ok(Reply::Done)
     }
 

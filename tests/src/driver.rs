@@ -80,6 +80,19 @@ impl<N: Node> Driver<N> {
         self
     }
 
+    /// Makes everything durable: every open file, and the names.
+    ///
+    /// # Errors
+    /// A sync fails.
+    pub fn sync_all(&mut self) -> anyhow::Result<()> {
+        for (node, slot) in self.opened.keys().copied().collect::<Vec<_>>() {
+            if slot != u32::MAX && self.model.slot_size(node, slot).is_some() {
+                self.check(node, &Op::Sync { slot })?;
+            }
+        }
+        self.check(0, &Op::SyncDir)
+    }
+
     /// Gives the nodes back.
     #[must_use]
     pub fn into_nodes(self) -> Vec<N> {
@@ -297,6 +310,7 @@ impl<N: Node> Driver<N> {
             | Op::Stat { .. }
             | Op::StatSlot { .. }
             | Op::List
+            | Op::SyncDir
             | Op::Lock { .. } => {}
         }
     }

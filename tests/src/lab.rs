@@ -81,7 +81,9 @@ impl Lab {
         let name = format!("t{}{}", suite.chars().take(3).collect::<String>(), std::process::id() % 100_000);
         let csvctl = tools::csvctl()?;
         let dir = PathBuf::from("/var/tmp/csv-lab").join(&name);
-        let nodes = ["n1", "n2", "n3"].map(str::to_owned).to_vec();
+        let count = args.iter().position(|arg| *arg == "--nodes").and_then(|at| args.get(at + 1));
+        let count: usize = count.map_or(Ok(3), |count| count.parse()).context("--nodes")?;
+        let nodes = (1..=count).map(|number| format!("n{number}")).collect();
         let lab = Lab { name, fs: fs.to_owned(), csvctl, dir, nodes, up: true, _turn: turn };
         println!("{suite}: lab {} on {fs}", lab.name);
         let mut command = Command::new(&lab.csvctl);
@@ -102,10 +104,35 @@ impl Lab {
         &self.csvctl
     }
 
+    /// The lab's directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The LUN's backing file on this machine.
     #[must_use]
     pub fn lun_image(&self) -> PathBuf {
         self.dir.join("lun.img")
+    }
+
+    /// The loop device that is a node's path to the LUN.
+    ///
+    /// # Errors
+    /// The lab's notes do not tell; the node has none.
+    pub fn lun_device(&self, node: &str) -> anyhow::Result<PathBuf> {
+        #[derive(Deserialize)]
+        struct Notes {
+            nodes: Vec<NodeNotes>,
+        }
+        #[derive(Deserialize)]
+        struct NodeNotes {
+            name: String,
+            lun: Option<PathBuf>,
+        }
+        let notes: Notes = serde_json::from_slice(&std::fs::read(self.dir.join("lab.json"))?)?;
+        let node = notes.nodes.into_iter().find(|notes| notes.name == node).and_then(|notes| notes.lun);
+        node.context("the node has no path to the LUN")
     }
 
     /// `csvctl lab exec ... node --`, to which a program is added.
@@ -184,6 +211,40 @@ impl Lab {
         })
     }
 
+    /// Lets a node coordinate the volume, and waits until it does; nothing when it does already.
+    ///
+    /// # Errors
+    /// Refused, or not in effect in time.
+    pub fn move_volume(&self, node: &str) -> anyhow::Result<()> {
+        wait::until(&format!("{VOLUME} to be moved to {node}"), MODE_DEADLINE, || {
+            if self.owner(node)? == node {
+                return Ok(Some(()));
+            }
+            // Refused while something else is being done to the volume.
+            let asked = self.ctl(node, &["volume", "move", VOLUME, node]);
+            if let Err(error) = &asked {
+                println!("moving {VOLUME} to {node}: {error:#}");
+            }
+            Ok(None)
+        })
+    }
+
+    /// Who coordinates the volume, as `node` has it; empty when nobody does.
+    ///
+    /// # Errors
+    /// csvctl fails or prints something else.
+    pub fn owner(&self, node: &str) -> anyhow::Result<String> {
+        #[derive(Deserialize)]
+        struct Volume {
+            name: String,
+            owner: Option<String>,
+            state: String,
+        }
+        let volumes: Vec<Volume> = serde_json::from_str(&self.ctl(node, &["volume", "list", "--json"])?)?;
+        let online = volumes.into_iter().find(|v| v.name == VOLUME && v.state == "Online");
+        Ok(online.and_then(|v| v.owner).unwrap_or_default())
+    }
+
     /// Switches fs-redirection of a node and waits for it.
     ///
     /// # Errors
@@ -220,7 +281,8 @@ impl Lab {
     /// A node does not stop, the file system is not clean, or something is left behind.
     pub fn finish(mut self) -> anyhow::Result<()> {
         // Data servers first, so that the coordinator has nothing to take back.
-        for node in ["n1", "n3", "n2"] {
+        let others = self.nodes.iter().filter(|node| *node != "n2");
+        for node in others.chain(self.nodes.iter().filter(|node| *node == "n2")) {
             self.lab("stop", &[node])?;
         }
         fsck::check(&self.lun_image(), &self.fs)?;

@@ -113,6 +113,7 @@ impl Model {
                 Ok(stat(self.inode(ino)?))
             }
             Op::StatSlot { slot } => self.file(node, *slot).map(|file| stat(file)),
+            Op::SyncDir => Ok(Reply::Done),
             Op::List => Ok(Reply::Names { names: self.names.keys().cloned().collect() }),
             // Locks have a suite of their own.
             Op::Lock { .. } => Err(libc::ENOSYS),

@@ -108,6 +108,8 @@ pub enum Op {
         /// Which.
         slot: u32,
     },
+    /// fsync of every file in the directory, and of the directory.
+    SyncDir,
     /// Names in the directory, sorted.
     List,
     /// A lock, of the whole process or of the open file.

@@ -4,10 +4,13 @@
 //! ends at the end of input. `csv-test-agent admin SOCKET JSON`: sends one admin request and prints the answer.
 //! `csv-test-agent fill DIR MIB`: fills the file system with pattern files of that size and prints their number;
 //! `csv-test-agent verify DIR MIB FILES` compares every byte of them.
+//! `csv-test-agent guest PORT` serves the channel of a guest. `csv-test-agent stamp FILE ACKNOWLEDGED FIRST` writes numbered
+//! records until it is killed; `csv-test-agent stamps FILE LAST` checks that none up to that number is lost.
 
 use anyhow::{Context as _, bail};
 use csv_tests::agent::Agent;
 use csv_tests::files;
+use csv_tests::guest::{serve as guest, stamps};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -30,8 +33,16 @@ fn main() -> anyhow::Result<()> {
         ["verify", dir, mib, count] => {
             files::verify(dir.as_ref(), mib.parse().context("MIB")?, count.parse().context("FILES")?)
         }
+        ["guest", port] => guest::serve(port.as_ref()),
+        ["stamp", file, acknowledged, first] => {
+            stamps::write(file.as_ref(), acknowledged.as_ref(), first.parse().context("FIRST")?)
+        }
+        ["stamps", file, last] => stamps::check(file.as_ref(), last.parse().context("LAST")?),
         _ => {
-            bail!("usage: csv-test-agent serve DIR | admin SOCKET JSON | fill DIR MIB | verify DIR MIB FILES")
+            bail!(
+                "usage: csv-test-agent serve DIR | admin SOCKET JSON | fill DIR MIB | verify DIR MIB FILES | guest PORT | \
+                 stamp FILE ACKNOWLEDGED FIRST | stamps FILE LAST"
+            )
         }
     }
 }
