@@ -30,11 +30,11 @@ pub(crate) fn ctl(vm: &Vm, args: &str) -> anyhow::Result<String> {
     vm.sh(&format!("timeout 60 /csv/bin/csvctl {args}"))
 }
 
-/// Starts the node's daemon, as its init system does after a boot.
+/// Starts the node's daemon, as its init system does after a boot. Its configuration outlives a power cut.
 pub(crate) fn start_csvd(vm: &Vm) -> anyhow::Result<()> {
     let config = format!("[local]\nnode = \"{}\"\naddr = \"{}\"\n", vm.name, vm.addr());
     vm.sh(&format!(
-        "test -e /etc/csv/csv.toml || printf '%s' '{config}' >/etc/csv/csv.toml
+        "test -s /etc/csv/csv.toml || {{ printf '%s' '{config}' >/etc/csv/csv.toml; sync; }}
          setsid --fork /csv/bin/csvd >>/csv/own/log/csvd.log 2>&1 </dev/null
          for i in $(seq 300); do test -S /run/csv/csvd.sock && exit 0; sleep 0.1; done; exit 1"
     ))
