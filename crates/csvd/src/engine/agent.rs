@@ -519,7 +519,11 @@ impl Agent {
         let fencing = memory.fencing.insert(Fencing::open(device)?);
         let this = (engine.incarnation.get(), generation);
         if memory.last == Some(this) {
-            if matches!(fencing, Fencing::Reservations(_)) && fencing.has_key(key) != Some(true) {
+            // Only a csvfs that has been going on under it meanwhile has the key by right, and by the same path: one that
+            // stopped may have been refused because the initiator is another one for the storage than it was.
+            let in_use = self.status().is_some_and(|status| !status.suspended && !status.refused_by_lun);
+            let gone = matches!(fencing, Fencing::Reservations(_)) && fencing.has_key(key) != Some(true);
+            if gone || !in_use {
                 return self.admit(engine, generation);
             }
         } else {
