@@ -5,6 +5,7 @@
 use anyhow::{Context as _, bail, ensure};
 use csv_tests::driver::{Driver, Node as _};
 use csv_tests::lab::{Lab, MOUNT, VOLUME};
+use csv_tests::membership::{kill_csvd, start_csvd};
 use csv_tests::model::Model;
 use csv_tests::node_agent::NodeAgent;
 use csv_tests::ops::{How, Op, Reply};
@@ -299,13 +300,8 @@ fn strike(lab: &Lab, rng: &mut Rng, sync: &mut dyn FnMut() -> anyhow::Result<()>
         }
         2 => {
             let node = ["n1", "n2", "n3"][rng.index(3)];
-            let csvd = lab.csvctl().with_file_name("csvd");
-            let script = format!(
-                "kill -KILL $(pgrep -x csvd); while pgrep -x csvd > /dev/null; do sleep 0.05; done; \
-                 setsid --fork {} --config /etc/csv/csv.toml > /dev/null 2>&1 < /dev/null",
-                csvd.display()
-            );
-            lab.sh(node, &script)?;
+            kill_csvd(lab, node)?;
+            start_csvd(lab, node)?;
             wait::until(&format!("csvd of {node}"), DEADLINE, || lab.state(node).map(Some))?;
             Ok(format!("csvd of {node}"))
         }

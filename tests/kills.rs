@@ -8,6 +8,7 @@
 use anyhow::{Context as _, ensure};
 use csv_tests::driver::Driver;
 use csv_tests::lab::{Lab, MOUNT, VOLUME};
+use csv_tests::membership::{kill_csvd, start_csvd};
 use csv_tests::model::Model;
 use csv_tests::node_agent::NodeAgent;
 use csv_tests::rng::{self, Rng};
@@ -87,14 +88,8 @@ fn strike(lab: &Lab, rng: &mut Rng) -> anyhow::Result<String> {
         }
         _ => {
             let node = ["n1", "n2", "n3"][rng.index(3)];
-            let csvd = lab.csvctl().with_file_name("csvd");
-            // setsid: it must outlive the shell. What it prints goes where the node's first process prints.
-            let script = format!(
-                "kill -KILL $(pgrep -x csvd); while pgrep -x csvd > /dev/null; do sleep 0.05; done; \
-                 setsid --fork {} --config /etc/csv/csv.toml > /dev/null 2>&1 < /dev/null",
-                csvd.display()
-            );
-            lab.sh(node, &script)?;
+            kill_csvd(lab, node)?;
+            start_csvd(lab, node)?;
             wait::until(&format!("csvd of {node}"), BACK_DEADLINE, || lab.state(node).map(Some))?;
             Ok(format!("csvd of {node}"))
         }

@@ -218,13 +218,14 @@ impl Coordinator {
     async fn run(&self, mut call: Call, op: Option<call::Op>) {
         let keep = op.as_ref().is_some_and(changes_something);
         let reclaims = op.as_ref().is_some_and(reclaims);
-        let changes = op.as_ref().map(Changes::of).unwrap_or_default();
+        let remote = call.at.node != self.options.own_node;
+        let changes = op.as_ref().filter(|_| remote).map(Changes::of).unwrap_or_default();
         let result = match op {
             Some(op) => self.perform(&call, op).await,
             None => Err(Fail::new(Errno::NOSYS, "unknown operation; install the same release on all nodes")),
         };
         let result = match result {
-            Ok(done) => self.make_durable(&call, &changes).map(|()| done).map_err(Fail::from),
+            Ok(done) => self.make_durable(&changes).map(|()| done).map_err(Fail::from),
             failed => failed,
         };
         if reclaims {

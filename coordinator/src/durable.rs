@@ -6,7 +6,6 @@
 //!
 //! Calls that are under way at the same time share the commits of the file system's journal.
 
-use crate::calls::Call;
 use crate::coordinator::Coordinator;
 use csv_proto::call::Op;
 use csv_types::FileId;
@@ -76,8 +75,8 @@ impl Coordinator {
     ///
     /// # Errors
     /// EIO: the LUN failed, and what became of the changes is not known.
-    pub(crate) fn make_durable(&self, call: &Call, changes: &Changes) -> Result<(), Errno> {
-        if call.at.node == self.options.own_node || self.options.read_only {
+    pub(crate) fn make_durable(&self, changes: &Changes) -> Result<(), Errno> {
+        if self.options.read_only {
             return Ok(());
         }
         for dir in &changes.dirs {

@@ -96,7 +96,7 @@ pub(crate) fn aside_remains(config: &LocalConfig) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn make_storage(config: &LocalConfig, identity: &Identity) -> Result<()> {
+fn make_storage(config: &LocalConfig, identity: &Identity) -> Result<()> {
     aside_remains(config)?;
     let dir = identity::raft_dir(&config.state_dir);
     std::fs::create_dir_all(identity::dir(&config.state_dir))
@@ -108,8 +108,20 @@ pub(crate) fn make_storage(config: &LocalConfig, identity: &Identity) -> Result<
 
 /// A cluster lets this machine in: what it gave, and the key of this machine's new certificate.
 pub(crate) struct Admitted {
-    grant: JoinGrant,
+    pub(crate) grant: JoinGrant,
     key_pem: String,
+}
+
+impl Admitted {
+    /// Writes what was given, and makes an empty database. What was there is put aside.
+    pub(crate) fn keep(&self, config: &LocalConfig) -> Result<Identity> {
+        let Admitted { grant, key_pem } = self;
+        write_secrets(&config.secrets_dir, &grant.ca_pem, &grant.cert_pem, key_pem, &grant.smb_password)?;
+        let identity = Identity::granted(grant, &config.node);
+        make_storage(config, &identity)?;
+        identity.save(&config.state_dir)?;
+        Ok(identity)
+    }
 }
 
 /// Asks the token's cluster. Nothing is changed on this machine.
@@ -131,12 +143,7 @@ pub(crate) async fn ask_to_join(config: &LocalConfig, token: &str, rejoin: bool)
 
 /// Becomes a node of the cluster that let this machine in. What was there is put aside.
 pub(crate) async fn settle(config: &LocalConfig, events: Log, admitted: &Admitted) -> Result<Arc<Engine>> {
-    let Admitted { grant, key_pem } = admitted;
-    write_secrets(&config.secrets_dir, &grant.ca_pem, &grant.cert_pem, key_pem, &grant.smb_password)?;
-    let identity = Identity::granted(grant, &config.node);
-    make_storage(config, &identity)?;
-    identity.save(&config.state_dir)?;
-    Engine::start(config.clone(), identity, events).await
+    Engine::start(config.clone(), admitted.keep(config)?, events).await
 }
 
 impl Engine {

@@ -9,17 +9,16 @@
 
 use super::voter::WitnessVoter;
 use crate::engine::identity::{self, Identity};
-use crate::engine::lifecycle::{LIMIT, VERSION, make_storage, own_addr};
+use crate::engine::lifecycle::{LIMIT, ask_to_join, own_addr};
 use crate::engine::transport::{LocalVoter, LocalWitness, Net};
 use crate::engine::{Engine, unix_ms};
 use anyhow::{Result, bail};
 use bytes::Bytes;
-use csv_cluster::db::{ClusterDb, Command, FEATURE_LEVEL, Witness};
+use csv_cluster::db::{ClusterDb, Command, Witness};
 use csv_cluster::quorum::VoterId as Voter;
 use csv_net::{
-    ClusterCa, Handler, JoinGrant, JoinOptions, JoinRequest, Joining, NodeIdentity, Peer, PeerAddr, Peers,
-    PeersOptions, RaftCall, RaftKind, Refusal, RefusalKind, Secrets, ServerHandle, ServerOptions, Token,
-    async_trait, sha256_hex, write_secrets,
+    ClusterCa, Handler, JoinGrant, Joining, Peer, PeerAddr, Peers, PeersOptions, RaftCall, RaftKind, Refusal,
+    RefusalKind, Secrets, ServerHandle, ServerOptions, Token, async_trait, sha256_hex,
 };
 use csv_raft::Rpc;
 use csv_types::NodeId;
@@ -133,30 +132,15 @@ pub(crate) struct WitnessNode {
 
 /// Makes this machine the witness node of the token's cluster.
 pub(crate) async fn join(config: &LocalConfig, token: &str) -> Result<Arc<WitnessNode>> {
-    let (addr, token) = (own_addr(config)?, Token::parse(token)?);
-    let keys = NodeIdentity::create()?;
-    let request = JoinRequest {
-        name: config.node.clone(),
-        addr,
-        csr_pem: keys.csr_pem.clone(),
-        feature_level: FEATURE_LEVEL,
-        software_version: VERSION.to_owned(),
-        now_unix_ms: unix_ms(),
-        rejoin: false,
-    };
-    let grant = csv_net::join(&token, request, &JoinOptions::default()).await?;
-    if grant.node != WITNESS_NODE {
+    let admitted = ask_to_join(config, token, false).await?;
+    if admitted.grant.node != WITNESS_NODE {
         bail!(
             "this token is for a node, and this csvd runs as a witness: use one of `csvctl quorum set --node`, and evict {} ({})",
             config.node,
-            grant.node
+            admitted.grant.node
         );
     }
-    write_secrets(&config.secrets_dir, &grant.ca_pem, &grant.cert_pem, &keys.key_pem, &grant.smb_password)?;
-    let identity = Identity::granted(&grant, &config.node);
-    make_storage(config, &identity)?;
-    identity.save(&config.state_dir)?;
-    start(config, identity).await
+    start(config, admitted.keep(config)?).await
 }
 
 /// Starts the witness node on what it has.
