@@ -12,6 +12,9 @@ const VERSION: &str = "0.3.2";
 const DEADLINE: Duration = Duration::from_secs(1800);
 /// Between two changes of the mode.
 const CHANGE_EVERY: Duration = Duration::from_secs(1);
+/// On the coordinator this one, more often than not, has a block of a tree of extents become one of data while ext4
+/// still holds its page (decision 020).
+const SEED_OF_REUSED_BLOCKS: u64 = 419_080_233;
 
 /// Odd sizes and offsets, mapped I/O, holes, preallocation.
 const CONFIG: &str = "
@@ -82,19 +85,20 @@ fn every_mode() -> anyhow::Result<()> {
     let program = tools::installed("fsx", VERSION)?;
     let seed = rng::seed("fsx");
     let lab = Lab::up("fsx")?;
-    let run = |node: &str, mode: &str| -> anyhow::Result<()> {
-        let file = format!("{MOUNT}/fsx-{node}-{mode}");
+    let run = |node: &str, mode: &str, seed: u64| -> anyhow::Result<()> {
+        let file = format!("{MOUNT}/fsx-{node}-{mode}-{seed}");
         let mut command = prepared(&lab, node, &program, seed, &file)?;
         let ended = wait::run(&mut command, DEADLINE)?;
         ended.ok(&format!("fsx {node} {mode} seed {seed}"))?;
         println!("fsx {node} {mode}: {} operations", operations());
         Ok(())
     };
-    run("n1", "direct")?;
-    run("n2", "coordinator")?;
-    run("n3", "block-redirected")?;
+    run("n1", "direct", seed)?;
+    run("n2", "coordinator", seed)?;
+    run("n2", "coordinator", SEED_OF_REUSED_BLOCKS)?;
+    run("n3", "block-redirected", seed)?;
     lab.redirect("n1", true)?;
-    run("n1", "fs-redirected")?;
+    run("n1", "fs-redirected", seed)?;
     lab.redirect("n1", false)?;
     changing_modes(&lab, &program, seed)?;
     lab.finish()

@@ -6,7 +6,7 @@
 
 use super::{APPEND_LOCKS, FD_CACHE_MAX, FdCache, HiddenFs, INTERNAL_NAME, OrphanSet, decode_handle, errno};
 use csv_lun::sys;
-use csv_types::FileId;
+use csv_types::{FS_BLOCK_BYTES, FileId};
 use parking_lot::Mutex;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -115,6 +115,16 @@ pub enum MountError {
         /// Kernel's words.
         log: String,
     },
+    /// Made by other means than `csvctl volume create`.
+    #[error(
+        "{device} has a file system with blocks of {block_bytes} bytes, and a volume has {FS_BLOCK_BYTES}: make it with csvctl volume create"
+    )]
+    BlockSize {
+        /// The path.
+        device: PathBuf,
+        /// What it has.
+        block_bytes: u64,
+    },
     /// Mounted, but not usable for us.
     #[error("{device}: {step} failed with {errno}")]
     Setup {
@@ -160,6 +170,9 @@ impl HiddenFs {
             sys::name_to_handle(&root_dir, c"").map_err(errno).map_err(setup("reading the root's handle"))?;
         let root = decode_handle(handle_type, &bytes).map_err(setup("understanding the root's handle"))?;
         let statvfs = rustix::fs::fstatvfs(&root_dir).map_err(setup("statfs"))?;
+        if statvfs.f_bsize != FS_BLOCK_BYTES {
+            return Err(MountError::BlockSize { device: device.to_owned(), block_bytes: statvfs.f_bsize });
+        }
         let block_bytes =
             u32::try_from(statvfs.f_bsize).map_err(|_| Errno::INVAL).map_err(setup("statfs"))?;
         let mut fs = HiddenFs {

@@ -35,13 +35,11 @@ pub use held::HeldGrant;
 
 use crate::mutation::{Mutant, Mutation};
 use crate::{Access, Extent};
-use csv_types::{ByteRange, LunOffset};
+use csv_types::{ByteRange, FS_BLOCK_BYTES, LunOffset};
 use flight::{Flight, IoKind};
 use map::Map;
 use tombs::Tombs;
 
-/// Granularity at which a recall near the end of file takes the end-of-file right: no smaller than any LUN block.
-pub const EOF_BLOCK_BYTES: u64 = 4096;
 /// Recalls that may wait for I/O at once. Further ones take effect but are answered only when sent again.
 pub const RECALLS_MAX: usize = 1024;
 /// Pieces held apart; beyond that all but the newest grant are forgotten.
@@ -139,9 +137,9 @@ pub struct LayoutCache {
     pub(crate) mutation: Mutation,
 }
 
-/// All that must be given up with the right to move an end of file at `size`.
+/// All that must be given up with the right to move an end of file at `size`: its last block is written as a whole.
 fn eof_range(size: u64) -> ByteRange {
-    ByteRange::new(size & !(EOF_BLOCK_BYTES - 1), u64::MAX)
+    ByteRange::new(size & !(FS_BLOCK_BYTES - 1), u64::MAX)
 }
 
 impl LayoutCache {
@@ -164,7 +162,7 @@ impl LayoutCache {
         self.flight.begin(range, range.end, IoKind::Read).map_or(Outcome::Busy, Outcome::Hit)
     }
 
-    /// Begins a write; `block` is the LUN's block size in bytes, a power of two.
+    /// Begins a write. `block`, in bytes, a power of two: what is no whole number of these needs the range exclusively.
     #[inline]
     pub fn begin_write(&mut self, range: ByteRange, block: u64, out: &mut Vec<Segment>) -> Outcome {
         out.clear();

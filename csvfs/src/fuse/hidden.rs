@@ -16,7 +16,7 @@ use crate::client::data::WriteAt;
 use crate::client::inode::Inode;
 use csv_coordinator::{BlockGuard, Coordinator};
 use csv_lun::Lun;
-use csv_types::{ByteRange, FileId, LunOffset};
+use csv_types::{ByteRange, FS_BLOCK_BYTES, FileId, LunOffset};
 use parking_lot::{Condvar, Mutex, RwLock};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -313,10 +313,9 @@ impl Hidden {
     /// blocking way has to look.
     pub(crate) fn block_io(&self, token: &str, range: ByteRange, write: bool) -> Option<BlockIo> {
         let owner = self.owner().ok()?;
-        let block = u64::from(owner.lun.logical_block_bytes());
         if range.is_empty()
             || range.end > owner.lun.capacity_bytes()
-            || write && range.align_out(block) != range
+            || write && range.align_out(FS_BLOCK_BYTES) != range
         {
             return None;
         }
@@ -380,8 +379,12 @@ impl Owner {
     }
 
     fn write_block(&self, token: &str, offset: u64, data: &[u8]) -> Result<(), Errno> {
+        let range = ByteRange::at(offset, data.len() as u64);
+        if range.align_out(FS_BLOCK_BYTES) != range {
+            return Err(Errno::INVAL);
+        }
         // Before the check: a write that had to wait may have lost its right meanwhile.
-        let _turn = self.writing.turn(ByteRange::at(offset, data.len() as u64));
+        let _turn = self.writing.turn(range);
         let _guard = self.coordinator.block_begin(token, offset, data.len() as u64, true)?;
         let mut buf = self.client.bufs.get(data.len());
         buf[..data.len()].copy_from_slice(data);

@@ -28,7 +28,7 @@ use crate::pool::Pool;
 use abi::{InHeader, IoIn, LkIn};
 use csv_layout::cache::Segment;
 use csv_lun::{AlignedBuf, Lun, LunError, Ring, RingIo};
-use csv_types::{ByteRange, LunOffset};
+use csv_types::{ByteRange, FS_BLOCK_BYTES, LunOffset};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
@@ -386,9 +386,7 @@ impl Pump {
         if Hidden::owns(header.nodeid) {
             let range = ByteRange::at(io.offset, u64::from(io.size));
             let hot = match self.hidden.target(header.nodeid) {
-                Ok(Target::File(inode, owner))
-                    if inode.io.lock().overwrites(range, self.client.lun_block()) =>
-                {
+                Ok(Target::File(inode, owner)) if inode.io.lock().overwrites(range, FS_BLOCK_BYTES) => {
                     self.hot_write(header, io, &inode).map(|hot| hot.for_other_by(owner))
                 }
                 Ok(Target::File(..)) => None,
@@ -426,15 +424,15 @@ impl Pump {
     }
 
     fn hot_write(&mut self, header: &InHeader, io: IoIn, inode: &Arc<Inode>) -> Option<Hot> {
-        let block = u64::from(self.direct_lun()?.logical_block_bytes());
+        self.direct_lun()?;
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
-        if !range.start.is_multiple_of(block) || !range.end.is_multiple_of(block) {
+        if range.align_out(FS_BLOCK_BYTES) != range {
             return None;
         }
         let (outcome, ahead) = {
             let mut io = inode.io.lock();
-            let outcome = io.cache.begin_write(range, block, &mut self.segments);
+            let outcome = io.cache.begin_write(range, FS_BLOCK_BYTES, &mut self.segments);
             (outcome, io.wants_ahead(range.end))
         };
         if let Some(from) = ahead {

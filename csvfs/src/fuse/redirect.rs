@@ -14,7 +14,7 @@ use csv_layout::cache::{IoToken, Segment};
 use csv_lun::{AlignedBuf, PooledBuf};
 use csv_smb::jobs::{Job, NotDone, Receiver, Transfer};
 use csv_smb::pool::SmbPool;
-use csv_types::{ByteRange, ModeKind};
+use csv_types::{ByteRange, FS_BLOCK_BYTES, ModeKind};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Instant;
@@ -147,8 +147,7 @@ impl Redirect {
         if kind == ModeKind::FsRedirected {
             return Some(Way { pool, path: client.smb_file(inode).into(), offset: range.start, token: None });
         }
-        let block = client.lun_block();
-        if !client.lease_alive() || write && range.align_out(block) != range {
+        if !client.lease_alive() || write && range.align_out(FS_BLOCK_BYTES) != range {
             return None;
         }
         segments.clear();
@@ -158,7 +157,7 @@ impl Redirect {
                 return None;
             }
             match write {
-                true => io.cache.begin_write(range, block, segments),
+                true => io.cache.begin_write(range, FS_BLOCK_BYTES, segments),
                 false => io.cache.begin_read(range, segments),
             }
         };

@@ -3,6 +3,7 @@
 
 use super::CreateError;
 use csv_ondisk::FsKind;
+use csv_types::FS_BLOCK_BYTES;
 use std::ffi::{OsStr, OsString};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -35,9 +36,6 @@ const MKE2FS_CONF: &str = "\
 \t\tinode_ratio = 65536
 \t}
 ";
-
-/// Block size of every volume's file system; the largest that every machine can mount.
-const FS_BLOCK_BYTES: u64 = 4096;
 
 /// Where administrators' programs lie, whatever the caller's PATH says.
 const SBIN_DIRS: [&str; 3] = ["/usr/sbin", "/sbin", "/usr/local/sbin"];

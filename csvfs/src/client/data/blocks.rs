@@ -4,7 +4,7 @@ use super::{Blocks, SMB_BYTES_MAX};
 use crate::client::channel::Caller;
 use crate::client::inode::Inode;
 use crate::client::{VolumeClient, count, now_ms};
-use csv_types::{ByteRange, LunOffset, ModeKind};
+use csv_types::{ByteRange, FS_BLOCK_BYTES, LunOffset, ModeKind};
 use rustix::io::Errno;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -23,8 +23,9 @@ impl VolumeClient {
         }
     }
 
-    pub(crate) fn lun_block(&self) -> u64 {
-        self.modes.lun().map_or(4096, |lun| u64::from(lun.logical_block_bytes()))
+    /// Bytes of the smallest read of the LUN.
+    fn read_block(&self) -> u64 {
+        self.modes.lun().map_or(FS_BLOCK_BYTES, |lun| u64::from(lun.logical_block_bytes()))
     }
 
     /// Reads any bytes of the LUN. `false`: the way changed under it, look again.
@@ -34,7 +35,7 @@ impl VolumeClient {
         place: LunOffset,
         out: &mut [u8],
     ) -> Result<bool, Errno> {
-        let block = self.lun_block();
+        let block = self.read_block();
         let wide = ByteRange::at(place.0, out.len() as u64).align_out(block);
         let len = usize::try_from(wide.len()).map_err(|_| Errno::INVAL)?;
         let skip = usize::try_from(place.0 - wide.start).map_err(|_| Errno::INVAL)?;

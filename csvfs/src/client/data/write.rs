@@ -9,7 +9,7 @@ use crate::fuse::device::IO_BYTES_MAX;
 use csv_layout::Access;
 use csv_layout::cache::{IoToken, Outcome, Segment};
 use csv_proto as proto;
-use csv_types::{ByteRange, LunOffset};
+use csv_types::{ByteRange, FS_BLOCK_BYTES, LunOffset};
 use proto::call::Op;
 use proto::reply::Body;
 use rustix::io::Errno;
@@ -69,12 +69,12 @@ impl VolumeClient {
                 Some(_) | None => write.offset,
             };
             let range = ByteRange::at(offset, len);
-            if write.for_other && !io.overwrites(range, self.lun_block()) {
+            if write.for_other && !io.overwrites(range, FS_BLOCK_BYTES) {
                 drop(io);
                 return self.write_by_call(caller, inode, write).map(Step::Done);
             }
             let outcome = match alive {
-                true => io.cache.begin_write(range, self.lun_block(), &mut segments),
+                true => io.cache.begin_write(range, FS_BLOCK_BYTES, &mut segments),
                 false => Outcome::Miss,
             };
             (range, outcome)
@@ -97,8 +97,7 @@ impl VolumeClient {
         range: ByteRange,
         write: WriteAt<'_>,
     ) -> Result<Step<()>, Errno> {
-        let block = self.lun_block();
-        let whole = range.start.is_multiple_of(block) && range.end.is_multiple_of(block);
+        let whole = range.align_out(FS_BLOCK_BYTES) == range;
         let (small, extend) = {
             let mut io = inode.io.lock();
             let extend = range.end > io.known_size;
@@ -187,7 +186,7 @@ impl VolumeClient {
     }
 
     /// Read-modify-write under an exclusive grant. The segments name the exact bytes; extents are whole file-system
-    /// blocks, so the LUN blocks around a segment belong to the same extent.
+    /// blocks, so the blocks around a segment belong to the same extent.
     pub(super) fn write_unaligned(
         &self,
         inode: &Arc<Inode>,
@@ -208,11 +207,10 @@ impl VolumeClient {
         segment: &Segment,
         data: &[u8],
     ) -> Result<bool, Errno> {
-        let block = self.lun_block();
         let place = segment.lun_offset.ok_or(Errno::IO)?;
         let exact = ByteRange::at(place.0, segment.len);
-        let wide = exact.align_out(block);
-        let edge_len = usize::try_from(block).map_err(|_| Errno::INVAL)?;
+        let wide = exact.align_out(FS_BLOCK_BYTES);
+        let edge_len = usize::try_from(FS_BLOCK_BYTES).map_err(|_| Errno::INVAL)?;
         let mut buf = vec![0; usize::try_from(wide.len()).map_err(|_| Errno::INVAL)?];
         let head = usize::try_from(exact.start - wide.start).map_err(|_| Errno::INVAL)?;
         if head > 0 && !self.read_blocks(blocks, LunOffset(wide.start), &mut buf[..edge_len])? {
@@ -221,7 +219,7 @@ impl VolumeClient {
         let one_block_read = head > 0 && buf.len() == edge_len;
         if exact.end < wide.end && !one_block_read {
             let tail = buf.len() - edge_len;
-            if !self.read_blocks(blocks, LunOffset(wide.end - block), &mut buf[tail..])? {
+            if !self.read_blocks(blocks, LunOffset(wide.end - FS_BLOCK_BYTES), &mut buf[tail..])? {
                 return Ok(false);
             }
         }
