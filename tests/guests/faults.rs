@@ -208,7 +208,8 @@ fn wait_offline(rig: &Rig) -> anyhow::Result<()> {
 
 fn print_events(rig: &Rig) {
     for node in rig.nodes.iter().filter(|node| node.is_on()) {
-        match node.sh("timeout 20 /csv/bin/csvctl events --local | tail -n 60; timeout 20 /csv/bin/csvctl cluster status") {
+        match node.sh("timeout 20 /csv/bin/csvctl events --local | tail -n 60; timeout 20 /csv/bin/csvctl events | tail -n 60; \
+             timeout 20 /csv/bin/csvctl cluster status") {
             Ok(text) => println!("--- {}: its events\n{text}", node.name),
             Err(error) => println!("--- {}: no events: {error:#}", node.name),
         }

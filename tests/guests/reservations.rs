@@ -139,12 +139,18 @@ fn storage_power_cut(rig: &mut Rig) -> anyhow::Result<()> {
     conflict(g1, &format!("clear {DISK} 0xa1"))?;
     good(g1, &format!("ensure-registered {DISK} 0xa1"))?;
     ensure!(keys(g1)? == ["0xa1", "0xa1", "0xa2"]);
-    // A fence takes both.
+    // g2's earlier session holds the reservation: this target refuses g2 until another node has taken it.
     let g2 = rig.node("g2")?;
     good(g2, &format!("ensure-registered {DISK} 0xa2"))?;
-    good(g2, &format!("fence {DISK} 0xa2 0xa1"))?;
-    conflict(g1, &format!("write {DISK} 0x100000 0xa1"))?;
-    good(g1, &format!("ensure-registered {DISK} 0xa1"))?;
+    ensure!(keys(g1)? == ["0xa1", "0xa1", "0xa2", "0xa2"]);
+    let refused = pr(g2, &format!("fence {DISK} 0xa2 0xa1"))?;
+    ensure!(refused["kind"] == "fatal", "{refused}");
+    // A fence takes both.
+    good(g1, &format!("fence {DISK} 0xa1 0xa2"))?;
+    ensure!(keys(g1)? == ["0xa1", "0xa1"]);
+    conflict(g2, &format!("write {DISK} 0x100000 0xa2"))?;
+    good(g2, &format!("ensure-registered {DISK} 0xa2"))?;
+    good(g2, &format!("write {DISK} 0x100000 0xa2"))?;
     println!("reservations: they outlived a power cut of the storage: {after:?}, held by {holder}");
     Ok(())
 }

@@ -10,8 +10,9 @@ use super::volumes::node_configs;
 use crate::volume::Volume;
 use anyhow::{Context, Result, bail};
 use csv_cluster::agent::{Local, Role, Step, may_start, next_step};
-use csv_cluster::db::{ClusterDb, Command, NodeState, reservation_key};
+use csv_cluster::db::{ClusterDb, Command, NodeState, parse_own_key, reservation_key};
 use csv_cluster::failover::{PathState, VolumeReport};
+use csv_lun::reservation::{ErrorKind, ReservationError};
 use csv_lun::{Lun, LunOptions};
 use csv_types::admin::{Answer, Request, RoleKind, RoleOrder, RoleStatus, TakeOrder};
 use csv_types::config::NodeConfig;
@@ -530,7 +531,9 @@ impl Agent {
             // Before it is there: a csvd that ends in between has its successor ask for the next one.
             write_last(&self.last_file(engine), this)?;
             memory.last = Some(this);
-            if let Some(note) = fencing.register(key)? {
+            let (id, me) = (engine.db.read().id, engine.me());
+            let older = |key| parse_own_key(id, key).is_some_and(|(node, of)| node == me && of < generation);
+            if let Some(note) = fencing.register(key, older)? {
                 engine.event(&self.volume.name, "reservation", note);
             }
         }
@@ -540,6 +543,7 @@ impl Agent {
             return Err(error);
         }
         memory.registered = Some(generation);
+        memory.key_lost = false;
         Ok(())
     }
 
@@ -605,6 +609,8 @@ impl Agent {
             Err(error) => {
                 // It may be this node that is out.
                 memory.registered = None;
+                let out = error.downcast_ref::<ReservationError>();
+                memory.key_lost |= out.is_some_and(|error| error.kind() == ErrorKind::Fatal);
                 Err(error.context("fencing"))
             }
         }

@@ -2,7 +2,7 @@
 //! to wait until the lease of whoever is to be fenced is over.
 
 use anyhow::{Context, Result, bail};
-use csv_cluster::db::{ClusterDb, Volume, reservation_key};
+use csv_cluster::db::{ClusterDb, Volume, parse_own_key, reservation_key};
 use csv_lun::reservation::{Reservations, VictimOutcome};
 use csv_types::NodeId;
 use std::path::Path;
@@ -43,9 +43,11 @@ impl Fencing {
         }
     }
 
-    /// Registers this node's key, and sees to it that nodes without one cannot write.
-    pub(crate) fn register(&mut self, key: u64) -> Result<Option<String>> {
+    /// Registers this node's key, and sees to it that nodes without one cannot write. `older`: is it an earlier one of this
+    /// node?
+    pub(crate) fn register(&mut self, key: u64, older: impl Fn(u64) -> bool) -> Result<Option<String>> {
         let Fencing::Reservations(reservations) = self else { return Ok(None) };
+        unregister_older(reservations, older)?;
         let registered = match reservations.ensure_registered(key) {
             Err(error) if error.is_unsupported() => {
                 *self = Fencing::Leases;
@@ -97,7 +99,9 @@ impl Fencing {
             Err(error) if error.is_unsupported() => {}
             Err(error) => return Err(error).context("the keys on the LUN cannot be read"),
         }
-        victims.sort_unstable();
+        // This node's own from earlier lives last: a storage may not tell them from the present one (see `unregister_older`).
+        let mine = |key| parse_own_key(db.id, key).is_some_and(|(node, _)| node == me);
+        victims.sort_unstable_by_key(|key| (mine(*key), *key));
         victims.dedup();
         if victims.contains(&own) {
             bail!("this node is to be fenced itself");
@@ -113,4 +117,29 @@ impl Fencing {
         }
         Ok(Fenced::Out(None))
     }
+}
+
+/// Linux's own target notes once per node and LUN that somebody is registered, and forgets it when any registration of that
+/// node is taken away, be it that of a session from before a restart. Then a new key in place of the present one changes
+/// nothing; a registration that is made anew does. Not where the key holds the reservation, which would go with it.
+fn unregister_older(reservations: &Reservations, older: impl Fn(u64) -> bool) -> Result<()> {
+    let keys = match reservations.read_keys() {
+        Ok(keys) => keys.keys,
+        Err(error) if error.is_unsupported() => return Ok(()),
+        Err(error) => return Err(error).context("the keys on the LUN cannot be read"),
+    };
+    let mut mine: Vec<u64> = keys.into_iter().filter(|key| older(*key)).collect();
+    mine.dedup();
+    if mine.is_empty() {
+        return Ok(());
+    }
+    let held = reservations.read_reservation().context("the LUN's reservation cannot be read")?;
+    for key in mine.into_iter().filter(|key| held.is_none_or(|held| held.key != *key)) {
+        match reservations.unregister(key) {
+            // That of another session.
+            Err(error) if error.is_conflict() => {}
+            other => other.context("an older key of this node stays on the LUN")?,
+        }
+    }
+    Ok(())
 }

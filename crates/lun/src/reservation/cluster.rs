@@ -39,7 +39,7 @@ pub struct VictimReport {
 /// What a fence did. It is only returned when every victim is out and a reservation keeps it out.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FenceReport {
-    /// In the order asked for, each once.
+    /// The reservation's holder first, else in the order asked for; each once.
     pub victims: Vec<VictimReport>,
     /// The reservation afterwards. `None` where it cannot be read.
     pub holder: Option<Holder>,
@@ -117,7 +117,7 @@ impl Reservations {
     /// gone, and makes sure that a reservation of a node that is not a victim keeps them out.
     ///
     /// # Errors
-    /// `Fatal` when this node itself is not registered: it has been fenced. `Rejected`: no victim was touched, or the
+    /// `Fatal` when this node itself is not registered: it has been fenced, or has become another initiator. `Rejected`: no victim was touched, or the
     /// device cannot. `Unknown`: some may be out and some not; fence again.
     pub fn fence(&self, own_key: u64, victim_keys: &[u64]) -> Result<FenceReport, ReservationError> {
         let op = PrOp::Fence;
@@ -132,13 +132,17 @@ impl Reservations {
         }
         // A reservation of another type that a victim holds is taken over with its registration.
         let taken_over = |held: Holder| !serves(held.kind) && victim_keys.contains(&held.key);
-        if !self.read_reservation()?.is_some_and(taken_over) {
+        let held = self.read_reservation()?;
+        if !held.is_some_and(taken_over) {
             self.keep_reserved(own_key)?;
         }
+        // Who preempts the holder has the reservation, and is served whatever the storage thinks of its registration.
+        let mut order = victim_keys.to_vec();
+        order.sort_by_key(|key| held.is_none_or(|held| held.key != *key));
         let mut victims: Vec<VictimReport> = Vec::new();
-        for key in victim_keys {
-            if victims.iter().all(|known| known.key != *key) {
-                victims.push(VictimReport { key: *key, outcome: self.fence_one(own_key, *key)? });
+        for key in order {
+            if victims.iter().all(|known| known.key != key) {
+                victims.push(VictimReport { key, outcome: self.fence_one(own_key, key)? });
             }
         }
         self.backend.settle()?;
@@ -181,6 +185,11 @@ impl Reservations {
                 Err(error) if error.is_conflict() || error.kind() == ErrorKind::Unknown => last = Some(error),
                 Err(error) => return Err(error),
             }
+        }
+        if last.as_ref().is_some_and(ReservationError::is_conflict) {
+            let why = "this node's key is there, but the storage does not take this node for the initiator that registered \
+                       it, as after a restart when an initiator comes back with another session id; register anew";
+            return Err(self.errors.fatal(PrOp::Fence, why));
         }
         let why = last.map_or_else(String::new, |error| error.to_string());
         Err(self.errors.unknown(PrOp::Fence, format!("key {victim:#x} could not be preempted: {why}")))

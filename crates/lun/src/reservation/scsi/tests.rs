@@ -169,6 +169,26 @@ fn a_target_without_aptpl_and_abort_is_used_and_said_so() {
     assert_eq!(outcomes, [VictimOutcome::Preempted, VictimOutcome::NotRegistered]);
 }
 
+/// As QEMU's initiator after a restart of the storage: with another session id it is another one by the standard.
+#[test]
+fn a_node_that_became_another_initiator_is_told_to_register_anew() {
+    let target = Arc::new(Target::default());
+    let ((a, _), (b, _)) = (node(&target, 1, 1), node(&target, 2, 1));
+    a.ensure_registered(1).unwrap();
+    b.ensure_registered(2).unwrap();
+    b.ensure_reserved(2).unwrap();
+    let (again, _) = node(&target, 3, 1);
+    assert!(again.verify(1).unwrap(), "the key is there");
+    let error = again.fence(1, &[2]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Fatal, "{error}");
+    assert_eq!(a.read_keys().unwrap().keys, [1, 2]);
+    again.ensure_registered(5).unwrap();
+    let report = again.fence(5, &[1, 2]).unwrap();
+    let victims: Vec<_> = report.victims.iter().map(|one| one.key).collect();
+    assert_eq!(victims, [2, 1], "the holder first");
+    assert_eq!(report.keys.unwrap().keys, [5]);
+}
+
 #[test]
 fn unit_attentions_are_repeated_up_to_the_bound() {
     let target = Arc::new(Target::default());
