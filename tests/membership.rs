@@ -389,6 +389,45 @@ fn a_lost_cluster_is_restored() -> anyhow::Result<()> {
     lab.finish()
 }
 
+/// Two of three are gone. The third stays without the volume until it is told to go on alone; the others come back as nodes of
+/// a cluster that has gone on without them.
+#[test]
+fn a_cluster_without_quorum_is_started_by_force() -> anyhow::Result<()> {
+    let lab = Lab::up_with("force", "ext4", &["--size", "512M", "--all-paths"])?;
+    let cluster = dump(&lab, "n3")?["name"].as_str().context("the dump has no name")?.to_owned();
+    let force = ["cluster", "start", "--force", "--yes-i-know", &cluster];
+    lab.sh("n1", &format!("echo before > {MOUNT}/before; sync {MOUNT}/before"))?;
+    refused(&lab, "n3", &force, &["has quorum", "not needed"], "n1")?;
+    let before = dump(&lab, "n3")?;
+    // At once: with time between them the votes would follow who is up.
+    lab.lab("crash", &["n1", "n2"])?;
+    let cut_off = || anyhow::Ok(lab.ctl("n3", &["cluster", "status"])?.contains("IS CUT OFF"));
+    wait::until("n3 to be cut off", DEADLINE, || Ok(cut_off()?.then_some(())))?;
+    lab.wait_mode("n3", "paused")?;
+    refused(&lab, "n3", &["cluster", "start"], &["--force"], "n3")?;
+    refused(&lab, "n3", &force[..3], &["nobody can be asked", "--yes-i-know"], "n3")?;
+    let other = ["cluster", "start", "--force", "--yes-i-know", "other"];
+    refused(&lab, "n3", &other, &[&cluster, "other"], "n3")?;
+
+    lab.ctl("n3", &force)?;
+    wait::until("the volume on n3", DEADLINE, || Ok((lab.owner("n3")? == "n3").then_some(())))?;
+    lab.wait_mode("n3", "direct")?;
+    ensure!(lab.sh("n3", &format!("cat {MOUNT}/before"))? == "before\n", "the volume's data");
+    lab.sh("n3", &format!("echo alone > {MOUNT}/alone; sync {MOUNT}/alone"))?;
+    let epoch = |db: &Value| db["volumes"][VOLUME]["epoch"].as_u64().unwrap_or(0);
+    ensure!(epoch(&dump(&lab, "n3")?) > epoch(&before), "the epoch did not rise");
+    ensure!(lab.ctl("n3", &["events"])?.contains("by force"), "no event tells");
+
+    // Those that were away had decided nothing else, and come in again by themselves.
+    for node in ["n1", "n2"] {
+        lab.lab("restart", &[node, "--wait-s", "0"])?;
+        wait_state(&lab, "n3", node, "Up")?;
+        lab.wait_mode(node, "direct")?;
+        ensure!(lab.sh(node, &format!("cat {MOUNT}/alone"))? == "alone\n", "{node} and n3 differ");
+    }
+    lab.finish()
+}
+
 /// Backups that are none.
 fn spoiled(dir: &Path) -> anyhow::Result<()> {
     let good = std::fs::read(dir.join("backup"))?;
