@@ -400,7 +400,13 @@ fn a_cluster_without_quorum_is_started_by_force() -> anyhow::Result<()> {
     refused(&lab, "n3", &force, &["has quorum", "not needed"], "n1")?;
     let before = dump(&lab, "n3")?;
     // At once: with time between them the votes would follow who is up.
-    lab.lab("crash", &["n1", "n2"])?;
+    std::thread::scope(|scope| {
+        let crashes = ["n1", "n2"].map(|node| scope.spawn(|| lab.lab("crash", &[node])));
+        crashes.into_iter().try_for_each(|crash| match crash.join() {
+            Ok(crashed) => crashed.map(drop),
+            Err(_) => anyhow::bail!("the crashing thread panicked"),
+        })
+    })?;
     let cut_off = || anyhow::Ok(lab.ctl("n3", &["cluster", "status"])?.contains("IS CUT OFF"));
     wait::until("n3 to be cut off", DEADLINE, || Ok(cut_off()?.then_some(())))?;
     lab.wait_mode("n3", "paused")?;

@@ -4,7 +4,7 @@
 use crate::coordinator::Coordinator;
 use crate::dispatch::reclaims;
 use crate::durable::Changes;
-use crate::hidden::MapError;
+use crate::hidden::{MapError, is_device_error};
 use crate::leases::{self, Note};
 use crate::options::SessionRef;
 use crate::state::{CallRef, Core, Waits};
@@ -237,9 +237,15 @@ impl Coordinator {
                 return;
             }
             Ok(Done::Answer(answer)) => answer,
-            Err(fail) if matches!(fail.errno, Errno::IO | Errno::ROFS) && !(self.options.confirm)() => {
+            Err(fail)
+                if (is_device_error(fail.errno) || fail.errno == Errno::ROFS)
+                    && !(self.options.confirm)() =>
+            {
                 call.answered = true;
                 return self.end("the LUN is not this node's any more");
+            }
+            Err(fail) if is_device_error(fail.errno) => {
+                Answer { errno: Errno::IO.raw_os_error(), reason: fail.reason, ..Answer::default() }
             }
             Err(fail) => {
                 Answer { errno: fail.errno.raw_os_error(), reason: fail.reason, ..Answer::default() }

@@ -2,7 +2,7 @@
 //! numbered records, of which none that was acknowledged may be lost.
 
 use super::cluster::MOUNT;
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use csv_tests::guest::channel::Running;
 use csv_tests::guest::{Vm, stamps};
 use csv_tests::wait;
@@ -123,7 +123,15 @@ impl Stamps {
     /// Waits until so many more are acknowledged.
     pub(crate) fn wait_more(&self, count: u64) -> anyhow::Result<()> {
         let from = self.last()?;
-        wait::until("more records", PROGRESS_LIMIT, || Ok((self.last()? >= from + count).then_some(())))
+        let mut ended = None;
+        wait::until("more records", PROGRESS_LIMIT, || {
+            ended = self.running.ended();
+            Ok((ended.is_some() || self.last()? >= from + count).then_some(()))
+        })?;
+        match ended {
+            Some(said) => bail!("the writer of records ended, having said: {said}"),
+            None => Ok(()),
+        }
     }
 
     /// Ends the writer and checks on a node that nothing acknowledged is lost.

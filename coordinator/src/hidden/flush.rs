@@ -1,9 +1,9 @@
 //! Making things durable, and proving that the page cache holds nothing of a file.
 //!
-//! An EIO of any flush is latched: the kernel marks the pages clean after it and would call the next flush a
+//! A failure of the LUN at any flush is latched, as EIO: the kernel marks the pages clean after it and would call the next flush a
 //! success (safety rule 7). The coordinator then can only hand over.
 
-use super::{HiddenFs, Result, errno};
+use super::{HiddenFs, Result, errno, is_device_error};
 use csv_lun::sys;
 use csv_types::FileId;
 use rustix::fs::{Advice, Mode, OFlags};
@@ -71,8 +71,11 @@ impl HiddenFs {
 
     /// Passes a flush's result on, and keeps a failure for ever.
     pub(super) fn latch(&self, result: Result<()>) -> Result<()> {
-        if result == Err(Errno::IO) && !self.flush_failed.swap(true, Ordering::SeqCst) {
-            tracing::error!("a flush of the volume's file system failed; every flush fails from now on");
+        if let Err(error) = result
+            && is_device_error(error)
+            && !self.flush_failed.swap(true, Ordering::SeqCst)
+        {
+            tracing::error!(%error, "a flush of the volume's file system failed; every flush fails from now on");
         }
         if self.flush_failed.load(Ordering::SeqCst) { Err(Errno::IO) } else { result }
     }

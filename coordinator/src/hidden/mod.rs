@@ -223,6 +223,12 @@ fn errno(error: io::Error) -> Errno {
     Errno::from_io_error(&error).unwrap_or(Errno::IO)
 }
 
+/// Does this say that the LUN failed, or refused this node (EBADE, a reservation conflict)? Most of it reaches callers as EIO; a
+/// flush passes on what the device said.
+pub(crate) fn is_device_error(errno: Errno) -> bool {
+    matches!(errno, Errno::IO | Errno::BADE | Errno::NOLINK | Errno::REMOTEIO | Errno::TIMEDOUT)
+}
+
 /// `FILEID_INO32_GEN`: ext4, and XFS mounted with small inode numbers.
 const HANDLE_INO32: i32 = 0x01;
 /// `FILEID_INO32_GEN | XFS_FILEID_TYPE_64FLAG`.

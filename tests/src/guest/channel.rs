@@ -109,6 +109,12 @@ impl Running {
         Ok(Ended { status: ExitStatus::from_raw(status), stdout: told.stdout, stderr: told.stderr })
     }
 
+    /// What it printed, if it has ended. Told once; there is nothing to wait for afterwards.
+    #[must_use]
+    pub fn ended(&self) -> Option<String> {
+        self.answer.try_recv().ok().map(|told| format!("{}{}", told.stdout, told.stderr))
+    }
+
     /// Waits for its good end and gives what it printed.
     ///
     /// # Errors

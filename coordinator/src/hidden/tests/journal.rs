@@ -174,6 +174,18 @@ fn a_failed_flush_fails_for_ever() {
     });
 }
 
+/// A reservation conflict at a flush (EBADE) says that this node is fenced; nobody outside is to see it.
+#[test]
+fn a_flush_that_the_lun_refuses_counts_as_failed() {
+    on_each_fs(|rig| {
+        let fs = rig.fs();
+        assert_eq!(fs.latch(Err(Errno::NOSPC)), Err(Errno::NOSPC), "no failure of the LUN");
+        assert_eq!(fs.latch(Ok(())), Ok(()));
+        assert_eq!(fs.latch(Err(Errno::BADE)), Err(Errno::IO));
+        assert_eq!(fs.latch(Ok(())), Err(Errno::IO));
+    });
+}
+
 #[test]
 fn the_size_that_runs_ahead_is_never_seen() {
     on_each_fs(|rig| {
