@@ -100,13 +100,23 @@ pub(crate) struct Stamps {
 }
 
 impl Stamps {
-    /// Starts a writer on a node and waits until it has written some.
+    /// Starts a writer on a node and waits until it has written some. An error ends it.
     pub(crate) fn start(vm: &Vm, name: &str) -> anyhow::Result<Stamps> {
+        Stamps::start_as(vm, name, "1")
+    }
+
+    /// A writer that writes a record again when that could not be made durable.
+    pub(crate) fn start_again(vm: &Vm, name: &str) -> anyhow::Result<Stamps> {
+        Stamps::start_as(vm, name, "")
+    }
+
+    fn start_as(vm: &Vm, name: &str, first: &str) -> anyhow::Result<Stamps> {
         let file = format!("{MOUNT}/{name}");
         let acknowledged = vm.own().join("acknowledged");
         std::fs::remove_file(&acknowledged).ok();
-        let script =
-            format!("echo $$ >/tmp/stamp.pid; exec /csv/own/agent stamp {file} /csv/own/acknowledged 1 2>&1");
+        let script = format!(
+            "echo $$ >/tmp/stamp.pid; exec /csv/own/agent stamp {file} /csv/own/acknowledged {first} 2>&1"
+        );
         let running = vm.start(&script, LIMIT)?;
         let stamps = Stamps { file, acknowledged, running };
         wait::until("records are written", PROGRESS_LIMIT, || {

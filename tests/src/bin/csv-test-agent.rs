@@ -5,7 +5,7 @@
 //! `csv-test-agent fill DIR MIB`: fills the file system with pattern files of that size and prints their number;
 //! `csv-test-agent verify DIR MIB FILES` compares every byte of them.
 //! `csv-test-agent guest PORT` serves the channel of a guest. `csv-test-agent stamp FILE ACKNOWLEDGED FIRST` writes numbered
-//! records until it is killed; `csv-test-agent stamps FILE LAST` checks that none up to that number is lost.
+//! records until it is killed or an error ends it, without FIRST from 1 on and again after an error; `csv-test-agent stamps FILE LAST` checks that none up to that number is lost.
 
 use anyhow::{Context as _, bail};
 use csv_tests::agent::Agent;
@@ -37,11 +37,12 @@ fn main() -> anyhow::Result<()> {
         ["stamp", file, acknowledged, first] => {
             stamps::write(file.as_ref(), acknowledged.as_ref(), first.parse().context("FIRST")?)
         }
+        ["stamp", file, acknowledged] => stamps::write_again(file.as_ref(), acknowledged.as_ref()),
         ["stamps", file, last] => stamps::check(file.as_ref(), last.parse().context("LAST")?),
         _ => {
             bail!(
                 "usage: csv-test-agent serve DIR | admin SOCKET JSON | fill DIR MIB | verify DIR MIB FILES | guest PORT | \
-                 stamp FILE ACKNOWLEDGED FIRST | stamps FILE LAST"
+                 stamp FILE ACKNOWLEDGED [FIRST] | stamps FILE LAST"
             )
         }
     }

@@ -32,7 +32,8 @@ pub fn write(path: &Path, acknowledged: &Path, first: u64) -> anyhow::Result<()>
     ensure!(first > 0, "numbers start at 1");
     let file = OpenOptions::new().write(true).create(true).truncate(first == 1).open(path);
     let file = file.with_context(|| format!("opening {}", path.display()))?;
-    let told = File::create(acknowledged).with_context(|| format!("making {}", acknowledged.display()))?;
+    let told = OpenOptions::new().write(true).create(true).truncate(first == 1).open(acknowledged);
+    let told = told.with_context(|| format!("opening {}", acknowledged.display()))?;
     for number in first.. {
         let at = offset(number % SLOTS);
         let written = file.write_all_at(&record(number), at).and_then(|()| file.sync_data());
@@ -41,6 +42,21 @@ pub fn write(path: &Path, acknowledged: &Path, first: u64) -> anyhow::Result<()>
         std::thread::sleep(PAUSE);
     }
     Ok(())
+}
+
+/// Writes records for ever, as a program does that takes an error of fsync for what it is: the record is not durable, and is
+/// written again.
+///
+/// # Errors
+/// None but those of the first record: nothing has been acknowledged.
+pub fn write_again(path: &Path, acknowledged: &Path) -> anyhow::Result<()> {
+    let mut first = 1;
+    loop {
+        let Err(error) = write(path, acknowledged, first) else { return Ok(()) };
+        eprintln!("{error:#}");
+        first = last(acknowledged)? + 1;
+        std::thread::sleep(PAUSE);
+    }
 }
 
 /// Number of the last record that was acknowledged.
