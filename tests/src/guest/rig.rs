@@ -64,6 +64,9 @@ impl Rig {
         }
         made.ok("scripts/guest-kernel.sh")?;
         remove_stale();
+        // A machine that still writes back what a build left keeps its guests waiting for seconds, and QEMU's initiators give up
+        // their sessions then.
+        nix::unistd::sync();
         let name = format!("{PREFIX}{}", std::process::id());
         let dir = PathBuf::from("/var/tmp").join(&name);
         fs::create_dir(&dir).with_context(|| format!("making {}", dir.display()))?;
