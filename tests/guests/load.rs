@@ -119,9 +119,7 @@ impl Stamps {
         );
         let running = vm.start(&script, LIMIT)?;
         let stamps = Stamps { file, acknowledged, running };
-        wait::until("records are written", PROGRESS_LIMIT, || {
-            Ok((stamps.last()? >= RECORDS_MIN).then_some(()))
-        })?;
+        stamps.wait_for(RECORDS_MIN)?;
         Ok(stamps)
     }
 
@@ -132,11 +130,14 @@ impl Stamps {
 
     /// Waits until so many more are acknowledged.
     pub(crate) fn wait_more(&self, count: u64) -> anyhow::Result<()> {
-        let from = self.last()?;
+        self.wait_for(self.last()? + count)
+    }
+
+    fn wait_for(&self, number: u64) -> anyhow::Result<()> {
         let mut ended = None;
-        wait::until("more records", PROGRESS_LIMIT, || {
+        wait::until(&format!("record {number} is written"), PROGRESS_LIMIT, || {
             ended = self.running.ended();
-            Ok((ended.is_some() || self.last()? >= from + count).then_some(()))
+            Ok((ended.is_some() || self.last()? >= number).then_some(()))
         })?;
         match ended {
             Some(said) => bail!("the writer of records ended, having said: {said}"),
