@@ -112,11 +112,11 @@ impl Stamps {
 
     fn start_as(vm: &Vm, name: &str, first: &str) -> anyhow::Result<Stamps> {
         let file = format!("{MOUNT}/{name}");
-        let acknowledged = vm.own().join("acknowledged");
-        std::fs::remove_file(&acknowledged).ok();
-        let script = format!(
-            "echo $$ >/tmp/stamp.pid; exec /csv/own/agent stamp {file} /csv/own/acknowledged {first} 2>&1"
-        );
+        // A file for each: a guest goes on knowing one that was removed outside.
+        let told = format!("acknowledged-{name}");
+        let acknowledged = vm.own().join(&told);
+        let script =
+            format!("echo $$ >/tmp/stamp.pid; exec /csv/own/agent stamp {file} /csv/own/{told} {first} 2>&1");
         let running = vm.start(&script, LIMIT)?;
         let stamps = Stamps { file, acknowledged, running };
         stamps.wait_for(RECORDS_MIN)?;
