@@ -114,9 +114,18 @@ impl Volumes {
             return;
         }
         for (name, _) in &news {
+            // Under the lock that `stop_all` takes first: what is started later would find the csvfs of a next engine, and
+            // stop that.
+            let mut running = self.running.lock();
+            if self.closed.load(Ordering::Acquire) {
+                return;
+            }
             match self.start(engine, name, devices.get(name).cloned()) {
-                Ok(agent) => self.started(agent),
+                Ok(agent) => {
+                    running.insert(name.clone(), agent);
+                }
                 Err(error) => {
+                    drop(running);
                     engine.event(name, "start-failed", format!("{name} cannot be started: {error:#}"));
                 }
             }
@@ -126,19 +135,6 @@ impl Volumes {
     /// It has ended; it is started anew as a new one is.
     pub(super) fn forget(&self, name: &str) {
         self.running.lock().remove(name);
-    }
-
-    fn started(&self, agent: Arc<Agent>) {
-        {
-            let mut running = self.running.lock();
-            if !self.closed.load(Ordering::Acquire) {
-                running.insert(agent.volume.name.clone(), agent);
-                return;
-            }
-        }
-        agent.end();
-        agent.volume.order(Order::Stop);
-        agent.volume.wait_ended();
     }
 
     fn start(&self, engine: &Arc<Engine>, name: &str, device: Option<PathBuf>) -> Result<Arc<Agent>> {
