@@ -24,7 +24,10 @@ impl Changes {
     /// Of this call.
     pub(crate) fn of(op: &Op) -> Changes {
         let ids = |ids: &[Option<csv_proto::FileId>]| -> Vec<FileId> {
-            ids.iter().filter_map(|id| csv_proto::file_id(*id).ok()).collect()
+            let mut ids: Vec<FileId> = ids.iter().filter_map(|id| csv_proto::file_id(*id).ok()).collect();
+            // A rename within one directory.
+            ids.dedup();
+            ids
         };
         let dirs = |dirs: &[Option<csv_proto::FileId>]| Changes { dirs: ids(dirs), files: Vec::new() };
         let files = |files: &[Option<csv_proto::FileId>]| Changes { dirs: Vec::new(), files: ids(files) };

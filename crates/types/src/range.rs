@@ -58,6 +58,12 @@ impl ByteRange {
         ByteRange::new(self.start.max(other.start), self.end.min(other.end))
     }
 
+    /// Are both ends multiples of `align`, a power of two?
+    #[must_use]
+    pub fn is_aligned(&self, align: u64) -> bool {
+        self.align_out(align) == *self
+    }
+
     /// Grown outward to multiples of `align`, a power of two.
     #[must_use]
     pub fn align_out(&self, align: u64) -> ByteRange {
@@ -107,6 +113,8 @@ mod tests {
     #[test]
     fn align_out_saturates() {
         assert_eq!(ByteRange::new(1, 4097).align_out(4096), ByteRange::new(0, 8192));
+        assert!(ByteRange::new(4096, 8192).is_aligned(4096));
+        assert!(!ByteRange::new(4096, 8191).is_aligned(4096) && !ByteRange::new(1, 4096).is_aligned(4096));
         assert_eq!(ByteRange::new(1, u64::MAX).align_out(4096).end, u64::MAX);
     }
 

@@ -315,7 +315,7 @@ impl Hidden {
         let owner = self.owner().ok()?;
         if range.is_empty()
             || range.end > owner.lun.capacity_bytes()
-            || write && range.align_out(FS_BLOCK_BYTES) != range
+            || write && !range.is_aligned(FS_BLOCK_BYTES)
         {
             return None;
         }
@@ -380,7 +380,7 @@ impl Owner {
 
     fn write_block(&self, token: &str, offset: u64, data: &[u8]) -> Result<(), Errno> {
         let range = ByteRange::at(offset, data.len() as u64);
-        if range.align_out(FS_BLOCK_BYTES) != range {
+        if !range.is_aligned(FS_BLOCK_BYTES) {
             return Err(Errno::INVAL);
         }
         // Before the check: a write that had to wait may have lost its right meanwhile.

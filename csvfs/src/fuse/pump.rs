@@ -427,7 +427,7 @@ impl Pump {
         self.direct_lun()?;
         self.segments.clear();
         let range = ByteRange::at(io.offset, u64::from(io.size));
-        if range.align_out(FS_BLOCK_BYTES) != range {
+        if !range.is_aligned(FS_BLOCK_BYTES) {
             return None;
         }
         let (outcome, ahead) = {

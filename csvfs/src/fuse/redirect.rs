@@ -147,7 +147,7 @@ impl Redirect {
         if kind == ModeKind::FsRedirected {
             return Some(Way { pool, path: client.smb_file(inode).into(), offset: range.start, token: None });
         }
-        if !client.lease_alive() || write && range.align_out(FS_BLOCK_BYTES) != range {
+        if !client.lease_alive() || write && !range.is_aligned(FS_BLOCK_BYTES) {
             return None;
         }
         segments.clear();

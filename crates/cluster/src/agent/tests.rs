@@ -56,6 +56,16 @@ impl Bed {
         self.db.apply(&command.by(N1, self.at)).unwrap();
     }
 
+    /// Both nodes may write, and the first one owns the volume.
+    fn online_on_first() -> Bed {
+        let mut bed = Bed::new();
+        bed.admit(N1);
+        bed.admit(N2);
+        bed.assign(N1);
+        bed.online(N1);
+        bed
+    }
+
     fn admit(&mut self, node: NodeId) {
         let from_generation = self.volume().members.get(&node).map_or(0, |member| member.generation);
         self.run(Command::VolumeAdmit { name: V.into(), node, incarnation: 7, from_generation });
@@ -149,11 +159,7 @@ fn without_a_path_a_node_follows_unregistered() {
 
 #[test]
 fn the_next_owner_fences_before_it_takes_and_the_last_stops_before_it_comes_back() {
-    let mut bed = Bed::new();
-    bed.admit(N1);
-    bed.admit(N2);
-    bed.assign(N1);
-    bed.online(N1);
+    let mut bed = Bed::online_on_first();
     let old = bed.volume().epoch;
     let mut one = Local { role: Role::Owner(old), registered: Some(bed.generation(N1)), ..local(N1) };
     assert_eq!(bed.step(&one), Step::Wait);
@@ -186,11 +192,7 @@ fn the_next_owner_fences_before_it_takes_and_the_last_stops_before_it_comes_back
 
 #[test]
 fn a_member_that_is_to_be_fenced_stops_and_waits() {
-    let mut bed = Bed::new();
-    bed.admit(N1);
-    bed.admit(N2);
-    bed.assign(N1);
-    bed.online(N1);
+    let mut bed = Bed::online_on_first();
     let (epoch, generation) = (bed.volume().epoch, bed.generation(N2));
     bed.run(Command::VolumeFence { name: V.into(), epoch, node: N2, generation, reason: "x".into() });
     let one = Local { role: Role::Owner(epoch), registered: Some(bed.generation(N1)), ..local(N1) };
@@ -238,11 +240,7 @@ fn no_quorum_and_a_conflict_stop_csvfs() {
 
 #[test]
 fn a_planned_move_hands_over_and_is_told_again() {
-    let mut bed = Bed::new();
-    bed.admit(N1);
-    bed.admit(N2);
-    bed.assign(N1);
-    bed.online(N1);
+    let mut bed = Bed::online_on_first();
     let epoch = bed.volume().epoch;
     bed.run(Command::VolumeRelease { name: V.into(), epoch, to: Some(N2), reason: "move".into() });
     let mut one = Local { role: Role::Owner(epoch), registered: Some(bed.generation(N1)), ..local(N1) };
@@ -257,11 +255,7 @@ fn a_planned_move_hands_over_and_is_told_again() {
 
 #[test]
 fn a_csvfs_that_ended_is_told_before_it_is_started_again() {
-    let mut bed = Bed::new();
-    bed.admit(N1);
-    bed.admit(N2);
-    bed.assign(N1);
-    bed.online(N1);
+    let mut bed = Bed::online_on_first();
     let epoch = bed.volume().epoch;
     let gone = Local { role: Role::Gone, registered: Some(bed.generation(N1)), ..local(N1) };
     assert_eq!(bed.step(&gone), Step::Close { epoch });
@@ -278,11 +272,7 @@ fn a_csvfs_that_ended_is_told_before_it_is_started_again() {
 /// Found by the simulation: nothing of the volume runs anywhere, and each node waits for another one to fence it.
 #[test]
 fn after_a_power_cut_of_every_node_each_comes_back_by_itself() {
-    let mut bed = Bed::new();
-    bed.admit(N1);
-    bed.admit(N2);
-    bed.assign(N1);
-    bed.online(N1);
+    let mut bed = Bed::online_on_first();
     for node in [N1, N2] {
         bed.run(Command::NodeDown { node, incarnation: 7, reason: "power".into(), planned: false });
     }
@@ -318,11 +308,7 @@ fn a_node_that_owns_the_volume_by_a_former_life_must_lose_it_before_it_is_admitt
 /// Found by the simulation: a coordinator that broke has no role and holds layouts still.
 #[test]
 fn a_csvfs_without_a_role_stops_before_it_is_admitted_again() {
-    let mut bed = Bed::new();
-    bed.admit(N1);
-    bed.admit(N2);
-    bed.assign(N1);
-    bed.online(N1);
+    let mut bed = Bed::online_on_first();
     bed.assign(N2);
     let mut one = Local { registered: Some(bed.generation(N1)), ..local(N1) };
     assert!(matches!(bed.step(&one), Step::Suspend { .. }), "its key is to be fenced");

@@ -184,7 +184,7 @@ impl FileIo {
     /// Is a write of this range one of whole blocks that does not move the end of the file?
     pub(crate) fn overwrites(&self, range: ByteRange, block: u64) -> bool {
         let size = self.cache.eof().map_or(self.known_size, |eof| eof.size);
-        range.end <= size && range.align_out(block) == range
+        range.end <= size && range.is_aligned(block)
     }
 
     /// A write up to `end` under the end-of-file right: from where on space is to be asked for now, so that a writer

@@ -97,7 +97,7 @@ impl VolumeClient {
         range: ByteRange,
         write: WriteAt<'_>,
     ) -> Result<Step<()>, Errno> {
-        let whole = range.align_out(FS_BLOCK_BYTES) == range;
+        let whole = range.is_aligned(FS_BLOCK_BYTES);
         let (small, extend) = {
             let mut io = inode.io.lock();
             let extend = range.end > io.known_size;
