@@ -1,0 +1,3 @@
+//! A resource host.
+
+fn main() {}
