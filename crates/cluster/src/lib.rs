@@ -14,6 +14,7 @@
 pub mod agent;
 pub mod db;
 pub mod failover;
+pub mod groups;
 pub mod membership;
 pub mod quorum;
 pub mod witness;

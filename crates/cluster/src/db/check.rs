@@ -2,7 +2,9 @@
 
 use super::key::{GENERATION_MAX, NODE_ID_MAX};
 use super::volume::{MemberState, Volume, VolumeState};
-use super::{ClusterDb, NODES_MAX, VOLUMES_MAX};
+use super::{ClusterDb, Group, GroupState, NODES_MAX, Resource, VOLUMES_MAX};
+use crate::groups::expr::Expr;
+use csv_types::NodeId;
 use std::collections::BTreeSet;
 
 fn ensure(holds: bool, broken: impl FnOnce() -> String) -> Result<(), String> {
@@ -28,7 +30,39 @@ impl ClusterDb {
             ensure(*name == volume.name, || format!("volume {name} is called {}", volume.name))?;
             self.check_volume(volume).map_err(|broken| format!("volume {name}: {broken}"))?;
         }
+        for (name, group) in &self.groups {
+            self.check_group(name, group).map_err(|broken| format!("group {name}: {broken}"))?;
+        }
+        for (name, resource) in &self.resources {
+            self.check_resource_record(name, resource)
+                .map_err(|broken| format!("resource {name}: {broken}"))?;
+        }
         self.check_events()
+    }
+
+    fn check_group(&self, name: &str, group: &Group) -> Result<(), String> {
+        ensure(*name == group.name, || format!("it is called {}", group.name))?;
+        ensure(group.owner.is_some() == group.state.owned(), || {
+            format!("it is {} and its owner is {:?}", group.state, group.owner)
+        })?;
+        let known = |id: &NodeId| self.nodes.contains_key(id);
+        ensure(group.owner.is_none_or(|owner| known(&owner)), || "its owner is no node".into())?;
+        ensure(group.policy.preferred.iter().all(known), || "a preferred owner is no node".into())?;
+        if let GroupState::Releasing { to, .. } = &group.state {
+            ensure(to.is_none() || *to != group.owner, || "it is released to its owner".into())?;
+        }
+        ensure(group.policy.start_after.iter().all(|before| self.groups.contains_key(before)), || {
+            "it starts after a group that is not there".into()
+        })
+    }
+
+    fn check_resource_record(&self, name: &str, resource: &Resource) -> Result<(), String> {
+        ensure(*name == resource.name, || format!("it is called {}", resource.name))?;
+        ensure(self.groups.contains_key(&resource.group), || "its group is not there".into())?;
+        let depends = Expr::parse(&resource.depends).map_err(|error| error.to_string())?;
+        let there =
+            |other: &&str| self.resources.get(*other).is_some_and(|other| other.group == resource.group);
+        ensure(depends.names().iter().all(there), || "it depends on something that is not there".into())
     }
 
     fn check_nodes(&self) -> Result<(), String> {

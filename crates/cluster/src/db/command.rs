@@ -1,18 +1,21 @@
 //! Commands: every way to change the database. Each carries what it was decided on (epoch, incarnation,
 //! generation), so that `apply` can refuse one that comes late, twice or out of order.
 
+use super::Secrets;
 use super::events::NewEvent;
+use super::group::{GroupPolicy, GroupState, MoveCause, MoveKind};
 use super::node::AdminState;
 use super::quorum_config::QuorumConfig;
 use super::refused::Refused;
-use super::{Group, Resource, Secrets};
+use super::resource::{LibraryType, ResourcePolicy, ResourceStatus};
 use csv_types::{Epoch, NodeId, VolumeId};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use uuid::Uuid;
 
 /// Highest feature level that this software knows.
-pub const FEATURE_LEVEL: u32 = 1;
+pub const FEATURE_LEVEL: u32 = 2;
 
 /// A command with its time and its sender; what goes through the Raft log.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -236,14 +239,105 @@ pub enum Command {
     SecretsSet { secrets: Secrets },
     /// Lets commands of this level in; every node must know it.
     RaiseFeatureLevel { level: u32 },
-    /// Puts a group as given.
-    GroupPut { group: Group },
-    /// Removes a group without resources.
+
+    /// A new group without resources, not wanted online.
+    GroupAdd { name: String, policy: GroupPolicy },
+    /// Another policy.
+    GroupPolicy { name: String, policy: GroupPolicy },
+    /// Removes a group without resources and without owner.
     GroupRemove { name: String },
-    /// Puts a resource as given.
-    ResourcePut { resource: Resource },
-    /// Removes a resource.
+    /// Wants a group online; forgets failures.
+    GroupOnline { name: String },
+    /// Takes a group offline and keeps it there.
+    GroupOffline { name: String, reason: String },
+    /// Leaves a group alone, or looks after it again.
+    GroupMaintenance { name: String, on: bool },
+    /// The manager: gives a group without owner, or whose owner does not stand any more, to a node under the next generation.
+    GroupAssign { name: String, from_generation: u64, to: NodeId, reason: String },
+    /// The owner: how the group (`None`: as before) and its resources are. A resource that is not named is as before.
+    GroupStatus {
+        name: String,
+        generation: u64,
+        node: NodeId,
+        state: Option<GroupState>,
+        resources: BTreeMap<String, ResourceStatus>,
+    },
+    /// Have the owner give the group away. `to: None`: it goes offline.
+    GroupRelease {
+        name: String,
+        generation: u64,
+        to: Option<NodeId>,
+        how: MoveKind,
+        reason: String,
+        cause: MoveCause,
+    },
+    /// The owner: nothing of the group runs there any more.
+    GroupReleased { name: String, generation: u64, node: NodeId },
+    /// The owner: the group runs on the node to which it was to go, and not here any more.
+    GroupMigrated { name: String, generation: u64, node: NodeId },
+    /// The owner: the group stays, and is as before.
+    GroupReleaseCancelled { name: String, generation: u64, node: NodeId, reason: String },
+    /// The manager: the owner is gone and no node can take it.
+    GroupUnplaced { name: String, from_generation: u64, reason: String },
+    /// The manager: it is not moved again for failure; it stays where it is, failed.
+    GroupGiveUp { name: String, generation: u64, reason: String },
+
+    /// A new resource in a group.
+    ResourceAdd { resource: NewResource },
+    /// Changes a resource; what is `None` stays. With `properties`, `None` removes one.
+    ResourceSet { name: String, change: ResourceChange },
+    /// Removes a resource that is offline and that no other depends on.
     ResourceRemove { name: String },
+    /// Wants a resource online when its group is; forgets failures.
+    ResourceOnline { name: String },
+    /// Takes a resource offline and keeps it there.
+    ResourceOffline { name: String },
+    /// A resource type in a shared library.
+    TypePut { resource_type: LibraryType },
+    /// Forgets a resource type that no resource has.
+    TypeRemove { name: String },
+}
+
+/// What [`Command::ResourceAdd`] needs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewResource {
+    /// Name, unique in the cluster; no brackets or parentheses.
+    pub name: String,
+    /// Type.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Group, which must be there.
+    pub group: String,
+    /// Properties, checked against the type before.
+    pub properties: BTreeMap<String, String>,
+    /// Dependency expression.
+    pub depends: String,
+    /// Nodes that may have it; empty: all.
+    pub possible: Vec<NodeId>,
+    /// Failure and polls.
+    pub policy: ResourcePolicy,
+    /// Files that follow it.
+    pub checkpoints: Vec<String>,
+    /// Should it be online when its group is?
+    pub want_online: bool,
+}
+
+/// What [`Command::ResourceSet`] changes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ResourceChange {
+    /// Properties to set, or to remove.
+    pub properties: BTreeMap<String, Option<String>>,
+    /// Dependency expression.
+    pub depends: Option<String>,
+    /// Nodes that may have it.
+    pub possible: Option<Vec<NodeId>>,
+    /// Failure and polls.
+    pub policy: Option<ResourcePolicy>,
+    /// Files that follow it.
+    pub checkpoints: Option<Vec<String>>,
+    /// Another group; the resource must be offline.
+    pub group: Option<String>,
 }
 
 /// Events in one `EventAdd`.
@@ -252,8 +346,32 @@ pub const EVENTS_PER_COMMAND_MAX: usize = 64;
 impl Command {
     /// Feature level from which on the cluster takes it. Commands added later return theirs here.
     #[must_use]
+    #[allow(clippy::wildcard_enum_match_arm, reason = "all others were there from the beginning")]
     pub fn min_level(&self) -> u32 {
-        1
+        match self {
+            Command::GroupAdd { .. }
+            | Command::GroupPolicy { .. }
+            | Command::GroupRemove { .. }
+            | Command::GroupOnline { .. }
+            | Command::GroupOffline { .. }
+            | Command::GroupMaintenance { .. }
+            | Command::GroupAssign { .. }
+            | Command::GroupStatus { .. }
+            | Command::GroupRelease { .. }
+            | Command::GroupReleased { .. }
+            | Command::GroupMigrated { .. }
+            | Command::GroupReleaseCancelled { .. }
+            | Command::GroupUnplaced { .. }
+            | Command::GroupGiveUp { .. }
+            | Command::ResourceAdd { .. }
+            | Command::ResourceSet { .. }
+            | Command::ResourceRemove { .. }
+            | Command::ResourceOnline { .. }
+            | Command::ResourceOffline { .. }
+            | Command::TypePut { .. }
+            | Command::TypeRemove { .. } => 2,
+            _ => 1,
+        }
     }
 
     /// In an envelope.

@@ -15,11 +15,13 @@ mod apply;
 mod check;
 pub mod command;
 pub mod events;
+pub mod group;
 mod hex;
 pub mod key;
 pub mod node;
 pub mod quorum_config;
 pub mod refused;
+pub mod resource;
 pub mod settings;
 pub mod volume;
 
@@ -28,14 +30,19 @@ pub(crate) mod tests;
 
 pub use apply::restore::{RESTORE_EPOCHS, RESTORE_GENERATIONS, RESTORE_NODES};
 pub use command::{
-    Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, decode_answer,
-    encode_answer,
+    Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, NewResource,
+    ResourceChange, decode_answer, encode_answer,
 };
 pub use events::{Event, EventKind, Events, Level, NewEvent};
+pub use group::{
+    AntiAffinity, Failback, Group, GroupFailure, GroupPolicy, GroupState, MoveCause, MoveKind,
+    PRIORITY_DEFAULT, PRIORITY_MAX,
+};
 pub use key::{KeyParts, parse_key, parse_own_key, reservation_key};
 pub use node::{AdminState, DisplayState, Node, NodeState};
 pub use quorum_config::{QuorumConfig, Witness};
 pub use refused::Refused;
+pub use resource::{Guard, LibraryType, Resource, ResourcePolicy, ResourceState, ResourceStatus};
 pub use settings::{Rebalance, SettingEntry, SettingError, Settings};
 pub use volume::{Member, MemberState, StartFailure, Volume, VolumeState};
 
@@ -102,6 +109,9 @@ pub struct ClusterDb {
     /// Resources by name.
     #[serde(default)]
     pub resources: BTreeMap<String, Resource>,
+    /// Resource types in shared libraries, by name.
+    #[serde(default)]
+    pub types: BTreeMap<String, LibraryType>,
     /// Properties of the cluster.
     #[serde(default)]
     pub properties: BTreeMap<String, String>,
@@ -136,40 +146,6 @@ impl fmt::Debug for Secrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secrets(..)")
     }
-}
-
-/// A group of resources that move together. The failover of groups is not part of the engine yet; the records are
-/// kept and replicated.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Group {
-    /// Name.
-    pub name: String,
-    /// Node that has it.
-    pub owner: Option<NodeId>,
-    /// State, in the words of its manager.
-    pub state: String,
-    /// Everything else.
-    pub properties: BTreeMap<String, String>,
-}
-
-/// A resource.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Resource {
-    /// Name.
-    pub name: String,
-    /// Resource type.
-    #[serde(rename = "type")]
-    pub kind: String,
-    /// Its group.
-    pub group: String,
-    /// Node that has it.
-    pub owner: Option<NodeId>,
-    /// State, in the words of its manager.
-    pub state: String,
-    /// Everything else.
-    pub properties: BTreeMap<String, String>,
 }
 
 /// A snapshot that was not taken.
@@ -213,6 +189,7 @@ impl Default for ClusterDb {
             secrets: Secrets::default(),
             groups: BTreeMap::new(),
             resources: BTreeMap::new(),
+            types: BTreeMap::new(),
             properties: BTreeMap::new(),
             checkpoints: BTreeMap::new(),
             events: Events::default(),
@@ -279,6 +256,20 @@ impl ClusterDb {
         let Some(node) = volume.owner.and_then(|owner| self.nodes.get(&owner)) else { return false };
         let member = volume.admitted(node.id).filter(|member| member.incarnation == node.incarnation);
         member.is_some() && matches!(node.state, NodeState::Up | NodeState::Isolated)
+    }
+
+    /// Names of the groups that a node owns.
+    #[must_use]
+    pub fn groups_of(&self, node: NodeId) -> Vec<&str> {
+        let owned = self.groups.values().filter(|group| group.owner == Some(node));
+        owned.map(|group| group.name.as_str()).collect()
+    }
+
+    /// Does the group's owner still stand as it was chosen: up or only isolated, in the incarnation that it had then?
+    #[must_use]
+    pub fn group_owner_stands(&self, group: &Group) -> bool {
+        let Some(node) = group.owner.and_then(|owner| self.nodes.get(&owner)) else { return false };
+        node.incarnation == group.incarnation && matches!(node.state, NodeState::Up | NodeState::Isolated)
     }
 
     /// The key that a node's csvd must have registered on the volume's LUN, if it may write there.

@@ -78,6 +78,18 @@ pub enum Refused {
     /// The volume's state does not allow it.
     #[error("volume {volume} is {state}: {why}")]
     VolumeState { volume: String, state: String, why: String },
+    /// About a generation that is not the group's.
+    #[error("stale: this is about generation {got} of group {group}, which is at {current}")]
+    StaleGroup { group: String, got: u64, current: u64 },
+    /// Somebody who is not the owner speaks as the owner.
+    #[error("{node} does not own group {group}: {owner} does")]
+    NotGroupOwner { group: String, node: String, owner: String },
+    /// The group's state does not allow it.
+    #[error("group {group} is {state}: {why}")]
+    GroupState { group: String, state: String, why: String },
+    /// The node owns groups.
+    #[error("{node} has the groups {groups}: move them first with `csvctl node drain {node}`")]
+    OwnsGroups { node: String, groups: String },
     /// A key must go first.
     #[error(
         "{node} (generation {generation}) is still to be fenced from volume {volume}: the owner must preempt its key first"

@@ -66,7 +66,7 @@ impl ClusterDb {
         } else {
             (EventKind::NodePaused, format!("{name} is paused: it keeps its volumes and gets no more"))
         };
-        let owns = !self.volumes_of(id).is_empty();
+        let owns = !self.volumes_of(id).is_empty() || !self.groups_of(id).is_empty();
         let wanted = AdminState::paused(drain && (owns || node.admin == AdminState::Active));
         if node.admin == wanted {
             return unchanged();
@@ -83,7 +83,11 @@ impl ClusterDb {
         if !owned.is_empty() {
             return Err(Refused::OwnsVolumes { node: node.name.clone(), volumes: owned.join(", ") });
         }
-        let message = format!("{} is drained: it owns no volume any more", node.name);
+        let groups = self.groups_of(id);
+        if !groups.is_empty() {
+            return Err(Refused::OwnsGroups { node: node.name.clone(), groups: groups.join(", ") });
+        }
+        let message = format!("{} is drained: it owns no volume and no group any more", node.name);
         self.change_node(at, id, EventKind::NodeDrained, message, |node| {
             set_admin(node, at, AdminState::Paused)
         })

@@ -2,10 +2,12 @@
 //! the database as it was.
 
 mod admin;
+mod groups;
 mod members;
 mod nodes;
 mod placement;
 mod records;
+mod resources;
 pub(super) mod restore;
 mod volumes;
 
@@ -45,6 +47,8 @@ impl ClusterDb {
             .or_else(|| self.apply_owner(*at, command))
             .or_else(|| self.apply_admin(*at, command))
             .or_else(|| self.apply_record(*at, command))
+            .or_else(|| self.apply_group(*at, command))
+            .or_else(|| self.apply_resource(*at, command))
             .unwrap_or_else(|| Err(Refused::Invalid("this version of csvd does not know the command".into())))
     }
 

@@ -341,6 +341,10 @@ impl ClusterDb {
         if !owned.is_empty() {
             return Err(Refused::OwnsVolumes { node: name, volumes: owned.join(", ") });
         }
+        let groups = self.groups_of(id);
+        if node.is_up() && !groups.is_empty() {
+            return Err(Refused::OwnsGroups { node: name, groups: groups.join(", ") });
+        }
         let in_use = match node.state {
             NodeState::Joining | NodeState::Down => false,
             NodeState::Up => node.admin != AdminState::Paused,
@@ -381,11 +385,6 @@ impl ClusterDb {
                 node != id || member.state == super::super::volume::MemberState::FencePending
             });
         }
-        for owner in self.groups.values_mut().map(|group| &mut group.owner) {
-            *owner = owner.filter(|node| *node != id);
-        }
-        for owner in self.resources.values_mut().map(|resource| &mut resource.owner) {
-            *owner = owner.filter(|node| *node != id);
-        }
+        self.remove_node_from_groups(id, heir);
     }
 }

@@ -1,12 +1,13 @@
-//! Records that the engine only keeps: properties, checkpoints, tokens, secrets, events, groups, resources.
+//! Records that the engine only keeps: properties, checkpoints, tokens, secrets, events.
 
 use super::super::command::{Answer, Command, EVENTS_PER_COMMAND_MAX};
 use super::super::events::EventKind;
 use super::super::refused::Refused;
 use super::super::{
-    CHECKPOINT_BYTES_MAX, ClusterDb, Group, PROPERTY_BYTES_MAX, RECORDS_BYTES_MAX, RECORDS_MAX, Resource,
+    CHECKPOINT_BYTES_MAX, ClusterDb, Group, GroupPolicy, PROPERTY_BYTES_MAX, RECORDS_BYTES_MAX, RECORDS_MAX,
     TOKENS_MAX, Token,
 };
+use super::resources::resource_bytes;
 use super::{At, check_name, done, is_sha256, unchanged};
 use std::collections::BTreeMap;
 
@@ -44,14 +45,6 @@ impl ClusterDb {
             }
             events.iter().for_each(|event| self.events.push(event.clone()));
             done()
-        } else if let Command::GroupPut { group } = command {
-            self.group_put(at, group)
-        } else if let Command::GroupRemove { name } = command {
-            self.group_remove(at, name)
-        } else if let Command::ResourcePut { resource } = command {
-            self.resource_put(at, resource)
-        } else if let Command::ResourceRemove { name } = command {
-            self.resource_remove(at, name)
         } else {
             return None;
         })
@@ -106,72 +99,17 @@ impl ClusterDb {
         self.emit(at, EventKind::TokenRevoked, None, &name, "a join token was revoked".into());
         done()
     }
-
-    fn group_put(&mut self, at: At, group: &Group) -> Answer {
-        check_name("group", &group.name)?;
-        check_bytes("a group", map_bytes(&group.properties), PROPERTY_BYTES_MAX)?;
-        room(&self.groups, &group.name, "groups")?;
-        if let Some(owner) = group.owner {
-            self.need_node(owner)?;
-        }
-        if self.groups.get(&group.name) == Some(group) {
-            return unchanged();
-        }
-        let old = self.groups.get(&group.name).map_or(0, group_bytes);
-        self.room_for(old, group_bytes(group), &group.name)?;
-        self.groups.insert(group.name.clone(), group.clone());
-        let message = format!("group {} is {}", group.name, group.state);
-        self.emit(at, EventKind::GroupChanged, group.owner, &group.name, message);
-        done()
-    }
-
-    fn group_remove(&mut self, at: At, name: &str) -> Answer {
-        if let Some(resource) = self.resources.values().find(|resource| resource.group == name) {
-            return Err(Refused::Invalid(format!(
-                "group {name} has resource {}: remove its resources first",
-                resource.name
-            )));
-        }
-        if self.groups.remove(name).is_none() {
-            return Err(Refused::NotFound { what: "group".into(), name: name.into() });
-        }
-        self.emit(at, EventKind::GroupRemoved, None, name, format!("group {name} was removed"));
-        done()
-    }
-
-    fn resource_put(&mut self, at: At, resource: &Resource) -> Answer {
-        check_name("resource", &resource.name)?;
-        check_bytes("a resource", map_bytes(&resource.properties), PROPERTY_BYTES_MAX)?;
-        room(&self.resources, &resource.name, "resources")?;
-        if !self.groups.contains_key(&resource.group) {
-            return Err(Refused::NotFound { what: "group".into(), name: resource.group.clone() });
-        }
-        if let Some(owner) = resource.owner {
-            self.need_node(owner)?;
-        }
-        if self.resources.get(&resource.name) == Some(resource) {
-            return unchanged();
-        }
-        let old = self.resources.get(&resource.name).map_or(0, resource_bytes);
-        self.room_for(old, resource_bytes(resource), &resource.name)?;
-        self.resources.insert(resource.name.clone(), resource.clone());
-        let message = format!("resource {} is {}", resource.name, resource.state);
-        self.emit(at, EventKind::ResourceChanged, resource.owner, &resource.name, message);
-        done()
-    }
-
-    fn resource_remove(&mut self, at: At, name: &str) -> Answer {
-        if self.resources.remove(name).is_none() {
-            return Err(Refused::NotFound { what: "resource".into(), name: name.into() });
-        }
-        self.emit(at, EventKind::ResourceRemoved, None, name, format!("resource {name} was removed"));
-        done()
-    }
 }
 
 impl ClusterDb {
+    /// May there be a group of that name with that policy?
+    pub(super) fn room_for_group(&self, name: &str, policy: &GroupPolicy) -> Result<(), Refused> {
+        room(&self.groups, name, "groups")?;
+        self.room_for(self.groups.get(name).map_or(0, group_bytes), name.len() + policy_bytes(policy), name)
+    }
+
     /// May a record of that name have so many bytes, where it had `old`?
-    fn room_for(&self, old: usize, new: usize, name: &str) -> Result<(), Refused> {
+    pub(super) fn room_for(&self, old: usize, new: usize, name: &str) -> Result<(), Refused> {
         let hex = |value: &Vec<u8>| value.len() * 2;
         let records = self.groups.values().map(group_bytes).sum::<usize>()
             + self.resources.values().map(resource_bytes).sum::<usize>()
@@ -187,19 +125,20 @@ impl ClusterDb {
 }
 
 fn group_bytes(group: &Group) -> usize {
-    group.name.len() + group.state.len() + map_bytes(&group.properties)
+    group.name.len() + policy_bytes(&group.policy)
 }
 
-fn resource_bytes(resource: &Resource) -> usize {
-    let Resource { name, kind, group, owner: _, state, properties } = resource;
-    name.len() + kind.len() + group.len() + state.len() + map_bytes(properties)
+fn policy_bytes(policy: &GroupPolicy) -> usize {
+    let after: usize = policy.start_after.iter().map(String::len).sum();
+    let classes: usize = policy.anti_affinity.iter().map(|class| class.class.len()).sum();
+    policy.preferred.len() * 4 + after + classes
 }
 
-fn map_bytes(map: &BTreeMap<String, String>) -> usize {
+pub(super) fn map_bytes(map: &BTreeMap<String, String>) -> usize {
     map.iter().map(|(key, value)| key.len() + value.len()).sum()
 }
 
-fn check_bytes(what: &str, bytes: usize, max: usize) -> Result<(), Refused> {
+pub(super) fn check_bytes(what: &str, bytes: usize, max: usize) -> Result<(), Refused> {
     if bytes <= max {
         return Ok(());
     }
@@ -207,7 +146,7 @@ fn check_bytes(what: &str, bytes: usize, max: usize) -> Result<(), Refused> {
 }
 
 /// Is there room for one more, or is it there already?
-fn room<T>(map: &BTreeMap<String, T>, key: &str, what: &str) -> Result<(), Refused> {
+pub(super) fn room<T>(map: &BTreeMap<String, T>, key: &str, what: &str) -> Result<(), Refused> {
     if map.len() < RECORDS_MAX || map.contains_key(key) {
         return Ok(());
     }

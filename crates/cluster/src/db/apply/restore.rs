@@ -72,6 +72,7 @@ impl ClusterDb {
             self.remove_node(id, None);
         }
         self.reset_volumes(at, me, "the cluster was restored from a backup");
+        self.reset_groups(at, RESTORE_EPOCHS, "the cluster was restored from a backup");
         self.tokens.clear();
         // The witness's disk holds the log of the former cluster.
         self.quorum.witness = Witness::None;
@@ -106,6 +107,7 @@ impl ClusterDb {
             }
         }
         self.reset_volumes(at, me, &reason);
+        self.reset_groups(at, RESTORE_EPOCHS, &reason);
         let message = format!(
             "{name} was started by force without quorum; what other nodes had decided alone is given up"
         );

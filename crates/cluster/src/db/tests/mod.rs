@@ -1,5 +1,6 @@
 //! Tests of the database. `Bed` is used by the other modules' tests as well.
 
+mod groups;
 mod nodes;
 mod random;
 mod records;
@@ -25,7 +26,7 @@ pub(crate) fn new_node(number: u32) -> NewNode {
     NewNode {
         name: format!("n{number}"),
         addr: addr(number),
-        feature_level: 1,
+        feature_level: FEATURE_LEVEL,
         version: "0.1.0".into(),
         cert_sha256: String::new(),
     }
@@ -41,6 +42,20 @@ pub(crate) fn token() -> String {
 
 pub(crate) fn n(number: u32) -> NodeId {
     NodeId(number)
+}
+
+pub(crate) fn new_resource(name: &str, group: &str, depends: &str) -> NewResource {
+    NewResource {
+        name: name.into(),
+        kind: "GenericApplication".into(),
+        group: group.into(),
+        properties: BTreeMap::new(),
+        depends: depends.into(),
+        possible: Vec::new(),
+        policy: ResourcePolicy::default(),
+        checkpoints: Vec::new(),
+        want_online: true,
+    }
 }
 
 pub(crate) fn init() -> Command {
@@ -165,6 +180,47 @@ impl Bed {
     pub(crate) fn member(&self, name: &str, node: u32) -> (u32, MemberState) {
         let member = self.db.volumes[name].members[&n(node)];
         (member.generation, member.state)
+    }
+
+    /// A group with resources of that name and dependencies, wanted online and offline yet.
+    pub(crate) fn group(&mut self, name: &str, resources: &[(&str, &str)]) {
+        self.ok(Command::GroupAdd { name: name.into(), policy: GroupPolicy::default() });
+        for (resource, depends) in resources {
+            self.ok(Command::ResourceAdd { resource: new_resource(resource, name, depends) });
+        }
+        self.ok(Command::GroupOnline { name: name.into() });
+    }
+
+    pub(crate) fn assign_group(&mut self, name: &str, to: u32) {
+        let from_generation = self.db.groups[name].generation;
+        let reason = "test".into();
+        self.ok(Command::GroupAssign { name: name.into(), from_generation, to: n(to), reason });
+    }
+
+    /// The owner says so of the group, and that all its resources are in that state.
+    pub(crate) fn group_status_command(
+        &self,
+        name: &str,
+        state: GroupState,
+        of_all: ResourceState,
+    ) -> Command {
+        let group = &self.db.groups[name];
+        let status = ResourceStatus { state: of_all, why: String::new(), since_unix_ms: self.now };
+        let all = self.db.resources.values().filter(|resource| resource.group == name);
+        Command::GroupStatus {
+            name: name.into(),
+            generation: group.generation,
+            node: group.owner.unwrap_or(n(1)),
+            state: Some(state),
+            resources: all.map(|resource| (resource.name.clone(), status.clone())).collect(),
+        }
+    }
+
+    /// A group that is online on that node.
+    pub(crate) fn online_group(&mut self, name: &str, on: u32) {
+        self.group(name, &[(&format!("{name}-r"), "")]);
+        self.assign_group(name, on);
+        self.ok(self.group_status_command(name, GroupState::Online, ResourceState::Online));
     }
 
     /// Codes of the events since the number.

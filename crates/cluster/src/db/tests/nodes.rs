@@ -60,7 +60,7 @@ fn a_node_that_clashes_is_refused() {
     let mut newer = new_node(3);
     newer.feature_level = 9;
     bed.ok(Command::NodeAdd { node: newer, token_sha256: token(), expect_id: None });
-    assert_eq!(bed.db.feature_level, 1);
+    assert_eq!(bed.db.feature_level, FEATURE_LEVEL);
 }
 
 #[test]
@@ -78,13 +78,13 @@ fn the_feature_level_is_what_all_know_and_rises_only_when_told() {
     let version =
         |node, feature_level| Command::NodeVersion { node: n(node), feature_level, version: "2".into() };
     let raise = |level| Command::RaiseFeatureLevel { level };
-    bed.ok(version(1, 3));
-    bed.refused(raise(2), "n2 knows only level 1");
-    bed.ok(version(2, 2));
+    bed.ok(version(1, 4));
     bed.refused(raise(3), "n2 knows only level 2");
-    bed.ok(raise(2));
-    bed.refused(raise(1), "never goes down");
-    bed.refused(version(2, 1), "wrong version");
+    bed.ok(version(2, 3));
+    bed.refused(raise(4), "n2 knows only level 3");
+    bed.ok(raise(3));
+    bed.refused(raise(2), "never goes down");
+    bed.refused(version(2, 2), "wrong version");
     bed.refused(add(3), "wrong version");
 }
 

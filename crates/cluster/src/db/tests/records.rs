@@ -82,23 +82,6 @@ fn records_are_bounded() {
 }
 
 #[test]
-fn groups_and_resources_hang_together() {
-    let mut bed = Bed::nodes(2);
-    let group = Group { name: "g".into(), owner: Some(n(2)), ..Group::default() };
-    let resource = Resource { name: "r".into(), group: "g".into(), ..Resource::default() };
-    bed.refused(Command::ResourcePut { resource: resource.clone() }, "no group g");
-    bed.ok(Command::GroupPut { group: group.clone() });
-    assert_eq!(bed.ok(Command::GroupPut { group }), Applied::Unchanged);
-    bed.ok(Command::ResourcePut { resource });
-    bed.refused(Command::GroupRemove { name: "g".into() }, "resource r");
-    bed.down(2);
-    bed.ok(Command::NodeEvict { node: n(2) });
-    assert_eq!(bed.db.groups["g"].owner, None);
-    bed.ok(Command::ResourceRemove { name: "r".into() });
-    bed.ok(Command::GroupRemove { name: "g".into() });
-}
-
-#[test]
 fn a_lease_is_not_lowered_under_volumes() {
     let mut bed = Bed::nodes(2);
     bed.setting("recall_ms", "2000");
