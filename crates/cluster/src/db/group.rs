@@ -228,6 +228,10 @@ pub struct Group {
     /// When it got its owner (Unix ms).
     #[serde(default)]
     pub placed_unix_ms: u64,
+    /// When it was ordered to start (Unix ms), until it has an owner: by an administrator, or by a move whose target was
+    /// gone. Without, a group of priority 0 that lost its node stays offline.
+    #[serde(default)]
+    pub ordered_unix_ms: Option<u64>,
     /// Who had it last.
     #[serde(default)]
     pub last_owner: Option<NodeId>,
@@ -261,6 +265,7 @@ impl Group {
             state: GroupState::Offline { reason: "it is new".into() },
             since_unix_ms: at_unix_ms,
             placed_unix_ms: at_unix_ms,
+            ordered_unix_ms: None,
             last_owner: None,
             displaced: false,
             failovers: Vec::new(),

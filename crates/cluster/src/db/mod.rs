@@ -43,7 +43,7 @@ pub use node::{AdminState, DisplayState, Node, NodeState};
 pub use quorum_config::{QuorumConfig, Witness};
 pub use refused::Refused;
 pub use resource::{Guard, LibraryType, Resource, ResourcePolicy, ResourceState, ResourceStatus};
-pub use settings::{Rebalance, SettingEntry, SettingError, Settings};
+pub use settings::{BalanceLevel, BalanceMode, Rebalance, SettingEntry, SettingError, Settings};
 pub use volume::{Member, MemberState, StartFailure, Volume, VolumeState};
 
 use csv_types::NodeId;

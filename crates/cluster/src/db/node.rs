@@ -46,6 +46,9 @@ pub struct Node {
     pub since_unix_ms: u64,
     /// Why it is isolated or down; empty when it is up.
     pub down_reason: String,
+    /// It is down because it stopped in good order: nothing of it runs any more.
+    #[serde(default)]
+    pub stopped: bool,
 }
 
 /// What the cluster knows of a node.

@@ -39,6 +39,86 @@ impl Display for Rebalance {
     }
 }
 
+/// When virtual machines are moved to nodes that are less busy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BalanceMode {
+    /// Never.
+    Off,
+    /// When a node joined.
+    OnJoin,
+    /// When a node joined, and every `balance_period_ms`.
+    Always,
+}
+
+impl FromStr for BalanceMode {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "off" => Ok(BalanceMode::Off),
+            "on-join" => Ok(BalanceMode::OnJoin),
+            "always" => Ok(BalanceMode::Always),
+            _ => Err(()),
+        }
+    }
+}
+
+impl Display for BalanceMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            BalanceMode::Off => "off",
+            BalanceMode::OnJoin => "on-join",
+            BalanceMode::Always => "always",
+        })
+    }
+}
+
+/// How readily virtual machines are moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BalanceLevel {
+    /// Away from nodes that are loaded more than 80 %.
+    Low,
+    /// More than 70 %.
+    Medium,
+    /// More than 60 %.
+    High,
+}
+
+impl BalanceLevel {
+    /// A node that is loaded more than this gives virtual machines away; in thousandths.
+    #[must_use]
+    pub fn permille(self) -> u64 {
+        match self {
+            BalanceLevel::Low => 800,
+            BalanceLevel::Medium => 700,
+            BalanceLevel::High => 600,
+        }
+    }
+}
+
+impl FromStr for BalanceLevel {
+    type Err = ();
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "low" => Ok(BalanceLevel::Low),
+            "medium" => Ok(BalanceLevel::Medium),
+            "high" => Ok(BalanceLevel::High),
+            _ => Err(()),
+        }
+    }
+}
+
+impl Display for BalanceLevel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            BalanceLevel::Low => "low",
+            BalanceLevel::Medium => "medium",
+            BalanceLevel::High => "high",
+        })
+    }
+}
+
 /// Why a setting was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum SettingError {
@@ -177,8 +257,14 @@ settings! {
         failed_retry_ms: u64 = 900_000, 0..=604_800_000, "ms", "A Failed volume is tried again after this time; 0: never.";
         settle_ms: u64 = 30_000, 0..=3_600_000, "ms", "Quiet time after a join or a move before volumes are rebalanced.";
         report_grace_ms: u64 = 3_000, 100..=60_000, "ms", "How old a state must be before a node's report that contradicts it counts.";
+        max_parallel_starts: u64 = 8, 1..=256, "groups", "Groups that come online on one node at once.";
+        group_start_wait_ms: u64 = 120_000, 0..=3_600_000, "ms", "A group waits at most this long for one of higher priority that starts.";
+        group_settle_ms: u64 = 20_000, 0..=600_000, "ms", "After a start of the whole cluster, groups wait this long for their last or a preferred owner.";
+        balance_period_ms: u64 = 1_800_000, 60_000..=604_800_000, "ms", "Time between two looks at whether virtual machines are to be balanced.";
     }
     words {
+        balance: BalanceMode = BalanceMode::Always, "off, on-join or always", "Move virtual machines to nodes that are less busy.";
+        balance_level: BalanceLevel = BalanceLevel::Low, "low, medium or high", "How readily: away from nodes that are loaded more than 80, 70 or 60 %.";
         rebalance: Rebalance = Rebalance::OnJoin, "off or on-join", "Move volumes to a node that joined.";
         smb_encrypt: bool = false, "true or false", "Encrypt SMB traffic besides signing it.";
     }
@@ -282,6 +368,8 @@ mod tests {
             ("recall_ms", "20000", "less than lease_ms"),
             ("witness_renew_ms", "4000", "twice"),
             ("smb_port", "7450", "must differ"),
+            ("balance", "yes", "off, on-join or always"),
+            ("balance_level", "1", "low, medium or high"),
             ("heartbeat_ms", "1100", "22000"),
             ("heartbeat_misses", "18", "23100"),
             ("start_timeout_ms", "22000", "must be more than lease_ms"),

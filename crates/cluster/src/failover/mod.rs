@@ -57,6 +57,14 @@ pub struct NodeReport {
     pub volumes: BTreeMap<String, VolumeReport>,
     /// How busy it is, in per cent of its processors.
     pub load: u32,
+    /// Its processors; 0: not known.
+    pub cpus: u32,
+    /// Memory that virtual machines may have there altogether, in MiB; 0: not known, and no limit.
+    pub memory_mib: u64,
+    /// Memory in use on the whole machine, in MiB.
+    pub memory_used_mib: u64,
+    /// How busy its processors are, in thousandths of all of them.
+    pub cpu_permille: u32,
 }
 
 /// A node's standing on a volume.
@@ -101,7 +109,8 @@ pub fn plan(db: &ClusterDb, view: &View) -> Vec<Command> {
     for node in db.nodes.values() {
         let owned = db.volumes_of(node.id);
         let none_left = owned.iter().all(|volume| planner.taken.contains(*volume));
-        if node.admin == AdminState::Draining && none_left {
+        // Groups are moved by their own manager.
+        if node.admin == AdminState::Draining && none_left && db.groups_of(node.id).is_empty() {
             planner.commands.push(Command::NodeDrained { node: node.id });
         }
     }

@@ -104,7 +104,7 @@ impl World {
             };
             let volumes = NAMES.iter().map(volume).collect();
             let incarnation = self.bed.db.nodes[&node].incarnation;
-            (node, NodeReport { incarnation, volumes, load: 0 })
+            (node, NodeReport { incarnation, volumes, ..NodeReport::default() })
         };
         View { now_unix_ms: self.bed.now, me: n(1), reports: self.alive.iter().map(report).collect() }
     }

@@ -205,11 +205,15 @@ impl ClusterDb {
     fn group_online(&mut self, at: At, name: &str) -> Answer {
         let group = self.need_group(name)?;
         let fresh = group.failures.is_empty() && group.given_up.is_none() && group.failovers.is_empty();
-        if group.want_online && fresh {
+        let stays = self.group_owner_stands(group) && !matches!(group.state, GroupState::Releasing { to: None, .. });
+        if group.want_online && fresh && (stays || group.ordered_unix_ms.is_some()) {
             return unchanged();
         }
         let Some(group) = self.groups.get_mut(name) else { return unchanged() };
         group.want_online = true;
+        if !stays {
+            group.ordered_unix_ms = Some(at);
+        }
         forget_failures(group);
         group.failovers.clear();
         self.emit(at, EventKind::GroupWanted, None, name, format!("group {name} is to be online"));
@@ -222,6 +226,7 @@ impl ClusterDb {
         }
         let Some(group) = self.groups.get_mut(name) else { return unchanged() };
         group.want_online = false;
+        group.ordered_unix_ms = None;
         self.emit(
             at,
             EventKind::GroupNotWanted,
@@ -270,6 +275,7 @@ impl ClusterDb {
         group.state = GroupState::Pending;
         group.since_unix_ms = at;
         group.placed_unix_ms = at;
+        group.ordered_unix_ms = None;
         group.given_up = None;
     }
 
@@ -448,6 +454,7 @@ impl ClusterDb {
         };
         let (to, cause) = (*to, *cause);
         let target = to.filter(|_| group.want_online);
+        let was_to_arrive = target.is_some();
         let target = target.and_then(|to| Some((to, self.check_group_target(at, group, to).ok()?)));
         self.set_resources(at, name, ResourceState::Offline, "");
         let shown = self.node_name(node);
@@ -463,6 +470,9 @@ impl ClusterDb {
         };
         if let Some(group) = self.groups.get_mut(name) {
             group.displaced = !cause.settles();
+            if was_to_arrive && group.owner.is_none() {
+                group.ordered_unix_ms = Some(at);
+            }
         }
         self.emit(at, EventKind::GroupReleased, Some(node), name, message);
         done()

@@ -88,6 +88,7 @@ impl ClusterDb {
             cert_sha256: new.cert_sha256.clone(),
             since_unix_ms: at,
             down_reason: String::new(),
+            stopped: false,
         };
         self.nodes.insert(id, node);
         let message = format!("{} ({}) was added as node number {}", new.name, new.addr, id.0);
@@ -232,6 +233,7 @@ impl ClusterDb {
         node.leaving = false;
         node.quarantined_until_unix_ms = None;
         node.down_reason.clear();
+        node.stopped = false;
         node.since_unix_ms = at;
         let name = node.name.clone();
         self.emit(at, EventKind::NodeUp, Some(id), &name, format!("{name} is up"));
@@ -287,6 +289,7 @@ impl ClusterDb {
         node.state = NodeState::Down;
         node.since_unix_ms = at;
         node.down_reason = reason.into();
+        node.stopped = planned;
         node.leaving = false;
         let name = node.name.clone();
         let mut quarantined = false;

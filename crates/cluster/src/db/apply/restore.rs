@@ -97,6 +97,7 @@ impl ClusterDb {
                 node.state = NodeState::Down;
                 node.since_unix_ms = at;
                 node.down_reason.clone_from(&reason);
+                node.stopped = false;
             }
             node.leaving = false;
             if node.id == me {
@@ -142,6 +143,7 @@ impl ClusterDb {
         node.quarantined_until_unix_ms = None;
         node.since_unix_ms = at;
         node.down_reason = "the cluster was restored from a backup".into();
+        node.stopped = false;
     }
 
     /// Nobody owns a volume, and every key that the former cluster may have registered must go before one is mounted.

@@ -1,0 +1,5 @@
+//! The table of cases (`crates/cluster/cases`), and random histories.
+
+mod cases;
+mod simulated;
+mod spec;
