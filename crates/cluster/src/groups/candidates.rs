@@ -6,7 +6,8 @@
 //! number.
 //!
 //! What is promised to a node: memory and processors of the virtual machines that are wanted online in the groups which have it
-//! for their home. A group that moves is promised to the node that it goes to; for anti-affinity it is on both.
+//! for their home. A group that moves is promised to the node that it goes to. For the limits, anti-affinity and memory, it is on
+//! both until its owner has released it, and one that is taken offline is still where it is.
 
 use super::manager::GroupView;
 use crate::db::{
@@ -136,6 +137,8 @@ impl Key {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Promised {
     pub(super) memory_mib: u64,
+    /// With what is leaving it and has not left yet.
+    held_mib: u64,
     pub(super) cpus: u64,
     pub(super) groups: usize,
     /// Groups that are coming online there.
@@ -186,7 +189,7 @@ impl<'a> Planner<'a> {
     fn enter(&mut self, group: &'a Group) {
         let places: BTreeSet<NodeId> = group.owner.into_iter().chain(group.home()).collect();
         for node in places {
-            self.join_classes(group, node);
+            self.arrive(group, node);
         }
         if matches!(group.state, GroupState::Releasing { to: Some(_), .. }) {
             self.moving += 1;
@@ -213,7 +216,11 @@ impl<'a> Planner<'a> {
         promised.groups = promised.groups.saturating_sub(1);
     }
 
-    fn join_classes(&mut self, group: &'a Group, node: NodeId) {
+    /// Counts the group against the limits of the node.
+    fn arrive(&mut self, group: &'a Group, node: NodeId) {
+        let (memory_mib, _) = self.needs(group);
+        let promised = self.promised.entry(node).or_default();
+        promised.held_mib = promised.held_mib.saturating_add(memory_mib);
         for class in &group.policy.anti_affinity {
             let others = self.classes.entry((&class.class, node)).or_default();
             *others.entry(&group.name).or_insert(false) |= class.hard;
@@ -303,10 +310,12 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// What the node has promised to other groups, in MiB.
+    /// What other groups have or will have on the node, in MiB.
     fn memory_without(&self, group: &Group, node: NodeId) -> u64 {
-        let own = if self.counted_at(group) == Some(node) { self.needs(group).0 } else { 0 };
-        self.promised(node).memory_mib.saturating_sub(own)
+        let there = group.owner == Some(node) || group.home() == Some(node);
+        let there = there && self.db.group_owner_stands(group);
+        let own = if there { self.needs(group).0 } else { 0 };
+        self.promised(node).held_mib.saturating_sub(own)
     }
 
     /// The node that has promised to have the group, as far as this plan has not moved it.
@@ -376,7 +385,7 @@ impl<'a> Planner<'a> {
 
     pub(super) fn assign(&mut self, group: &'a Group, to: NodeId, reason: String) {
         self.promise(group, to, true);
-        self.join_classes(group, to);
+        self.arrive(group, to);
         self.touched.insert(&group.name);
         let (name, from_generation) = (group.name.clone(), group.generation);
         self.commands.push(Command::GroupAssign { name, from_generation, to, reason });
@@ -394,7 +403,7 @@ impl<'a> Planner<'a> {
         }
         if let Some(to) = to {
             self.promise(group, to, false);
-            self.join_classes(group, to);
+            self.arrive(group, to);
             self.moving += 1;
         }
         self.touched.insert(&group.name);

@@ -3,7 +3,7 @@
 use crate::db::tests::{Bed, START_MS, n, new_resource};
 use crate::db::{
     AdminState, AntiAffinity, Command, Failback, Group, GroupFailure, GroupPolicy, GroupState, MoveCause,
-    MoveKind, NewResource, NodeState,
+    MoveKind, NewResource, NodeState, ResourceState,
 };
 use crate::failover::NodeReport;
 use crate::groups::{balance, manager::GroupView};
@@ -367,7 +367,18 @@ impl GroupSpec {
             given_up: self.given_up.clone(),
             ..Group::new(name, policy, ago(&self.age))
         };
+        let of_all = match group.state {
+            GroupState::Offline { .. } => ResourceState::Offline,
+            GroupState::Pending => ResourceState::OnlinePending,
+            GroupState::Failed { .. } => ResourceState::Failed,
+            GroupState::Online | GroupState::Partial { .. } | GroupState::Releasing { .. } => {
+                ResourceState::Online
+            }
+        };
         bed.db.groups.insert(name.into(), group);
+        for resource in bed.db.resources.values_mut().filter(|resource| resource.group == name) {
+            resource.status.state = of_all;
+        }
     }
 
     fn state(&self) -> GroupState {
