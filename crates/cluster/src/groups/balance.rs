@@ -71,7 +71,10 @@ pub fn balance(db: &ClusterDb, view: &GroupView, trigger: Trigger) -> Balance {
 /// Rule 7 of the manager.
 pub(super) fn when_due(planner: &mut Planner<'_>) {
     let db = planner.db;
-    if !planner.commands.is_empty() || db.settings.balance == BalanceMode::Off {
+    let moves = |command: &Command| {
+        matches!(command, Command::GroupAssign { .. } | Command::GroupRelease { .. })
+    };
+    if planner.commands.iter().any(moves) || db.settings.balance == BalanceMode::Off {
         return;
     }
     let last = db.properties.get(LAST).and_then(|text| text.parse().ok()).unwrap_or(0_u64);

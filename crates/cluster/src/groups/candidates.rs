@@ -156,6 +156,8 @@ pub(super) struct Planner<'a> {
     pub(super) moving: usize,
     /// Groups that could start and do not yet, with the reason.
     pub(super) waiting: BTreeMap<&'a str, String>,
+    /// Groups that no node can take.
+    pub(super) homeless: Vec<&'a Group>,
     resources: BTreeMap<&'a str, Vec<&'a Resource>>,
     promised: BTreeMap<NodeId, Promised>,
     /// Groups of each class, by the node that they are on or go to, and whether they want to be alone by all means.
@@ -175,6 +177,7 @@ impl<'a> Planner<'a> {
             touched: BTreeSet::new(),
             moving: 0,
             waiting: BTreeMap::new(),
+            homeless: Vec::new(),
             resources,
             promised: BTreeMap::new(),
             classes: BTreeMap::new(),

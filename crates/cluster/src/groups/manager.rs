@@ -73,6 +73,7 @@ pub fn plan(db: &ClusterDb, view: &GroupView) -> Vec<Command> {
     moves::hard_rules(&mut planner);
     moves::failback(&mut planner);
     balance::when_due(&mut planner);
+    starts::say_homeless(&mut planner);
     planner.commands
 }
 

@@ -53,6 +53,15 @@ pub(super) fn start(planner: &mut Planner<'_>) {
     }
 }
 
+/// Says of the groups that no node can take why not; last, when it is known what else this plan gives to the nodes.
+pub(super) fn say_homeless(planner: &mut Planner<'_>) {
+    for group in std::mem::take(&mut planner.homeless) {
+        if let Err(Blocked::NoNode(why)) = planner.best(group, None, true) {
+            planner.unplaced(group, format!("no node can take it: {why}"));
+        }
+    }
+}
+
 fn higher<'a>(one: Option<&'a Group>, other: &'a Group) -> Option<&'a Group> {
     Some(one.filter(|one| one.policy.priority >= other.policy.priority).unwrap_or(other))
 }
@@ -110,8 +119,8 @@ fn start_one<'a>(
         Err(Blocked::NoNode(_)) if cold => {
             return Outcome::Not("the cluster has just started, and no node can take it yet".into());
         }
-        Err(Blocked::NoNode(why)) => {
-            planner.unplaced(group, format!("no node can take it: {why}"));
+        Err(Blocked::NoNode(_)) => {
+            planner.homeless.push(group);
             return Outcome::Stays;
         }
     };
@@ -122,7 +131,7 @@ fn start_one<'a>(
     let most = usize::try_from(db.settings.max_parallel_starts).unwrap_or(usize::MAX);
     if planner.promised(to).pending >= most {
         let name = db.node_name(to);
-        return Outcome::Soon(format!("{most} groups are coming online on {name} already"));
+        return Outcome::Soon(format!("as many groups as allowed ({most}) are coming online on {name}"));
     }
     let reason = lost.unwrap_or_else(|| match &group.state {
         GroupState::Offline { reason } => format!("it had no owner: {reason}"),
