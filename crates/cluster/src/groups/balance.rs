@@ -71,9 +71,8 @@ pub fn balance(db: &ClusterDb, view: &GroupView, trigger: Trigger) -> Balance {
 /// Rule 7 of the manager.
 pub(super) fn when_due(planner: &mut Planner<'_>) {
     let db = planner.db;
-    let moves = |command: &Command| {
-        matches!(command, Command::GroupAssign { .. } | Command::GroupRelease { .. })
-    };
+    let moves =
+        |command: &Command| matches!(command, Command::GroupAssign { .. } | Command::GroupRelease { .. });
     if planner.commands.iter().any(moves) || db.settings.balance == BalanceMode::Off {
         return;
     }
@@ -297,8 +296,7 @@ impl Look {
             return Err(format!("{} has more groups of its classes than its owner", node.name));
         }
         let part = self.loads[&from].part(planner.needs(group));
-        let (source, target) =
-            (self.loads[&from].less(part).permille(), load.add(part).permille());
+        let (source, target) = (self.loads[&from].less(part).permille(), load.add(part).permille());
         if target > source {
             return Err(format!(
                 "{} would be loaded {} %, its owner {} %",

@@ -267,18 +267,16 @@ impl<'a> Planner<'a> {
     ) -> impl Iterator<Item = (&'a str, &'a str)> {
         group.policy.anti_affinity.iter().flat_map(move |own| {
             let there = self.classes.get(&(own.class.as_str(), node)).into_iter().flatten();
-            let others = there.filter(move |(name, hard)| {
-                **name != group.name && (!hard_only || own.hard || **hard)
-            });
+            let others =
+                there.filter(move |(name, hard)| **name != group.name && (!hard_only || own.hard || **hard));
             others.map(move |(name, _)| (*name, own.class.as_str()))
         })
     }
 
     /// The resource that may not be on the node, if there is one.
     pub(super) fn impossible(&self, group: &Group, node: NodeId) -> Option<&'a str> {
-        let not = |resource: &&&'a Resource| {
-            !resource.possible.is_empty() && !resource.possible.contains(&node)
-        };
+        let not =
+            |resource: &&&'a Resource| !resource.possible.is_empty() && !resource.possible.contains(&node);
         self.resources(&group.name).iter().find(not).map(|resource| resource.name.as_str())
     }
 
@@ -329,10 +327,7 @@ impl<'a> Planner<'a> {
 
     pub(super) fn failed_there(&self, group: &Group, node: NodeId) -> bool {
         let lately = group.policy.failover_period_ms;
-        group
-            .failures
-            .iter()
-            .any(|failure| failure.node == node && self.age_ms(failure.at_unix_ms) < lately)
+        group.failures.iter().any(|failure| failure.node == node && self.age_ms(failure.at_unix_ms) < lately)
     }
 
     /// The node's place in the order; for a start, the last owner counts.
@@ -342,8 +337,7 @@ impl<'a> Planner<'a> {
         let home = self.counted_at(group) == Some(node);
         let promised = self.promised(node);
         let report = self.report(node);
-        let (has_mib, has_cpus) =
-            report.map_or((0, 0), |report| (report.memory_mib, u64::from(report.cpus)));
+        let (has_mib, has_cpus) = report.map_or((0, 0), |report| (report.memory_mib, u64::from(report.cpus)));
         let with = |sum: u64, own: u64| if home { sum } else { sum.saturating_add(own) };
         Key {
             failed_there: self.failed_there(group, node),

@@ -1,8 +1,9 @@
 //! Manager of groups: which node has which group. A pure function from the database and what the nodes report to commands; csvd
 //! of the Raft leader calls it every 200 ms and proposes what it returns.
 //!
-//! Idempotent: with the same view, planning after its commands were applied gives nothing. Late or doubled proposals
-//! are harmless, since each command carries the generation that it was decided on.
+//! Idempotent: with the same view, planning after its commands were applied gives nothing (but that a group which is moved while
+//! it starts keeps those of lower priority waiting no longer, so one more plan may follow). Late or doubled proposals are
+//! harmless, since each command carries the generation that it was decided on.
 //!
 //! Rules, in this order; a group that one of them touches is left alone by those that come after
 //! 1. What is not wanted online is released to nobody; if its owner is gone, it has none any more.
@@ -33,7 +34,9 @@ use super::candidates::Planner;
 use super::expr::Expr;
 #[cfg(doc)]
 use crate::db::Settings;
-use crate::db::{ClusterDb, Command, Group, GroupState, Guard, MoveCause, MoveKind, Node, NodeState, Resource};
+use crate::db::{
+    ClusterDb, Command, Group, GroupState, Guard, MoveCause, MoveKind, Node, NodeState, Resource,
+};
 use crate::failover::NodeReport;
 use csv_types::NodeId;
 use serde::{Deserialize, Serialize};
@@ -146,9 +149,9 @@ impl<'a> Planner<'a> {
         let by_name: BTreeMap<&str, &Resource> =
             self.resources(&group.name).iter().map(|resource| (resource.name.as_str(), *resource)).collect();
         let disks = with_disk(&by_name);
-        by_name.values().all(|resource| {
-            resource.guard() == Guard::Own || disks.contains(resource.name.as_str())
-        })
+        by_name
+            .values()
+            .all(|resource| resource.guard() == Guard::Own || disks.contains(resource.name.as_str()))
     }
 }
 

@@ -205,7 +205,8 @@ impl ClusterDb {
     fn group_online(&mut self, at: At, name: &str) -> Answer {
         let group = self.need_group(name)?;
         let fresh = group.failures.is_empty() && group.given_up.is_none() && group.failovers.is_empty();
-        let stays = self.group_owner_stands(group) && !matches!(group.state, GroupState::Releasing { to: None, .. });
+        let stays =
+            self.group_owner_stands(group) && !matches!(group.state, GroupState::Releasing { to: None, .. });
         if group.want_online && fresh && (stays || group.ordered_unix_ms.is_some()) {
             return unchanged();
         }

@@ -240,3 +240,52 @@ fn groups_need_the_second_feature_level() {
     bed.db.feature_level = 1;
     bed.refused(Command::GroupAdd { name: "g".into(), policy: GroupPolicy::default() }, "feature level 2");
 }
+
+#[test]
+fn an_order_to_start_holds_until_the_group_has_an_owner() {
+    let mut bed = Bed::nodes(3);
+    bed.online_group("g", 1);
+    let online = || Command::GroupOnline { name: "g".into() };
+    let unplaced = |generation: u64| Command::GroupUnplaced {
+        name: "g".into(),
+        from_generation: generation,
+        reason: "x".into(),
+    };
+    assert_eq!(bed.db.groups["g"].ordered_unix_ms, None, "it has started");
+    assert_eq!(bed.ok(online()), Applied::Unchanged, "its owner stands");
+    bed.down(1);
+    bed.ok(unplaced(1));
+    bed.now += 5;
+    assert_eq!(bed.ok(online()), Applied::Done);
+    assert_eq!(bed.db.groups["g"].ordered_unix_ms, Some(bed.now));
+    assert_eq!(bed.ok(online()), Applied::Unchanged, "ordered already");
+    bed.ok(Command::GroupOffline { name: "g".into(), reason: "r".into() });
+    assert_eq!(bed.db.groups["g"].ordered_unix_ms, None);
+    bed.ok(online());
+    bed.assign_group("g", 2);
+    assert_eq!(bed.db.groups["g"].ordered_unix_ms, None);
+    // Released to nobody, as by a node that is about to stop: the order counts for afterwards.
+    bed.ok(release(&bed, "g", None, MoveCause::Drain));
+    assert_eq!(bed.ok(online()), Applied::Done);
+    bed.ok(released(&bed, "g"));
+    assert_eq!(bed.db.groups["g"].ordered_unix_ms, Some(bed.now));
+    // The target of a move is gone when it is released: it was to go on.
+    bed.assign_group("g", 2);
+    bed.ok(release(&bed, "g", Some(3), MoveCause::Drain));
+    bed.down(3);
+    bed.ok(released(&bed, "g"));
+    assert_eq!((bed.db.groups["g"].owner, bed.db.groups["g"].ordered_unix_ms), (None, Some(bed.now)));
+}
+
+#[test]
+fn a_drain_ends_when_no_group_is_left() {
+    use crate::failover::{View, plan};
+    let mut bed = Bed::nodes(2);
+    bed.online_group("g", 1);
+    bed.ok(Command::NodePause { node: n(1), drain: true });
+    let view = View { now_unix_ms: bed.now, me: n(1), reports: BTreeMap::new() };
+    assert_eq!(plan(&bed.db, &view), []);
+    bed.ok(release(&bed, "g", Some(2), MoveCause::Drain));
+    bed.ok(released(&bed, "g"));
+    assert_eq!(plan(&bed.db, &view), [Command::NodeDrained { node: n(1) }]);
+}

@@ -238,3 +238,15 @@ fn addresses_and_certificates_change_and_stay_unique() {
     bed.ok(cert(token()));
     assert_eq!(bed.ok(cert(token())), Applied::Unchanged);
 }
+
+#[test]
+fn a_node_that_stopped_in_good_order_says_so_until_it_is_up_again() {
+    let mut bed = Bed::nodes(3);
+    let down =
+        |node, planned| Command::NodeDown { node: n(node), incarnation: 1, reason: "r".into(), planned };
+    bed.ok(down(1, true));
+    bed.ok(down(2, false));
+    assert!(bed.db.nodes[&n(1)].stopped && !bed.db.nodes[&n(2)].stopped);
+    bed.up(1);
+    assert!(!bed.db.nodes[&n(1)].stopped);
+}

@@ -103,9 +103,10 @@ fn start_one<'a>(
         return Outcome::Stays;
     }
     if let Some(before) = not_yet_online(planner, group) {
-        // Not left with an owner that is gone, since this may last.
-        let reason = format!("it starts after group {before}, which is not online");
-        if let Some(lost) = lost {
+        // Not left with an owner that is gone, since this may last; but a move will soon be over.
+        let moves = matches!(before.state, GroupState::Releasing { .. });
+        let reason = format!("it starts after group {}, which is not online", before.name);
+        if let Some(lost) = lost.filter(|_| !moves) {
             planner.unplaced(group, format!("{lost}; {reason}"));
         }
         return Outcome::Not(reason);
@@ -159,14 +160,14 @@ fn lost_reason(planner: &Planner<'_>, group: &Group) -> Option<String> {
 }
 
 /// The first of the groups to start after that is wanted and not online.
-fn not_yet_online<'a>(planner: &Planner<'a>, group: &'a Group) -> Option<&'a str> {
+fn not_yet_online<'a>(planner: &Planner<'a>, group: &'a Group) -> Option<&'a Group> {
     let db = planner.db;
     let online = |before: &Group| {
         let state = matches!(before.state, GroupState::Online | GroupState::Partial { .. });
         !before.want_online || (state && db.group_owner_stands(before))
     };
-    let before = group.policy.start_after.iter().filter_map(|name| db.groups.get(name));
-    before.filter(|before| !online(before)).map(|before| before.name.as_str()).next()
+    let mut before = group.policy.start_after.iter().filter_map(|name| db.groups.get(name));
+    before.find(|before| !online(before))
 }
 
 /// A node that is not up yet, or does not report, and that the group would rather go to than to the best of those that are.
@@ -177,8 +178,7 @@ fn awaited(planner: &Planner<'_>, group: &Group, best: &Key) -> Option<String> {
     };
     let better = |id: NodeId| {
         let last = group.owner.or(group.last_owner) == Some(id);
-        let wish =
-            (planner.failed_there(group, id), group.rank(id), !(group.policy.persistent && last));
+        let wish = (planner.failed_there(group, id), group.rank(id), !(group.policy.persistent && last));
         wish < best.wish()
     };
     let nodes = planner.db.nodes.values().filter(not_there);

@@ -215,7 +215,8 @@ impl CaseFile {
         let mut bed = Bed::nodes(u32::try_from(self.nodes.len()).unwrap());
         let midnight = (START_MS / DAY_MS + 1) * DAY_MS;
         let offset_ms = i64::from(self.utc_offset_min) * 60_000;
-        bed.now = (midnight + u64::from(minute(&self.clock)) * 60_000).checked_add_signed(-offset_ms).unwrap();
+        bed.now =
+            (midnight + u64::from(minute(&self.clock)) * 60_000).checked_add_signed(-offset_ms).unwrap();
         for (key, value) in &self.settings {
             bed.setting(key, value.as_str().map_or_else(|| value.to_string(), Into::into).as_str());
         }
