@@ -121,10 +121,10 @@ impl Key {
             words.push("it was there last".into());
         }
         if self.company > 0 {
-            words.push(format!("{} groups of its classes are there", self.company));
+            words.push(format!("groups of its classes there: {}", self.company));
         }
         words.push(format!(
-            "promised with it: memory {} %, processors {} %; {} other groups",
+            "promised with it: memory {} %, processors {} %; other groups: {}",
             self.memory_permille / 10,
             self.cpu_permille / 10,
             self.groups

@@ -403,4 +403,13 @@ fn cost_of_a_plan_with_nothing_to_do() {
     let began = std::time::Instant::now();
     let commands = plan(&bed.db, &view).len();
     println!("a node with 63 groups is lost: {commands} commands in {:?}", began.elapsed());
+    for number in 2..=16 {
+        bed.down(number);
+    }
+    for command in plan(&bed.db, &view) {
+        bed.ok(command);
+    }
+    let began = std::time::Instant::now();
+    assert_eq!(plan(&bed.db, &view), []);
+    println!("1000 groups that no node can take, said already: {:?} a plan", began.elapsed());
 }

@@ -33,6 +33,8 @@ pub(super) struct CaseFile {
     #[serde(default)]
     pub(super) verdicts: BTreeMap<String, Vec<String>>,
     #[serde(default)]
+    pub(super) explain: BTreeMap<String, Vec<String>>,
+    #[serde(default)]
     pub(super) waiting: BTreeMap<String, String>,
     pub(super) balance: Option<Vec<String>>,
     pub(super) kept: Option<Vec<String>>,
