@@ -8,11 +8,11 @@
 //! Rules, in this order; a group that one of them touches is left alone by those that come after
 //! 1. What is not wanted online is released to nobody; if its owner is gone, it has none any more.
 //! 2. What is wanted online and has no owner, or one that does not stand any more (down, started anew), gets one
-//!    ([`starts`]): by priority and start order, a few at a time on each node, after the former owner has stopped for certain.
-//! 3. What its owner has given up on goes to another node, at most so often as its policy allows ([`moves::failures`]).
-//! 4. What is on a node that is drained or about to stop moves away ([`moves::drain`]).
-//! 5. What is where a hard rule does not allow it any more moves away ([`moves::hard_rules`]).
-//! 6. What had to leave its preferred owner goes back when its policy says so ([`moves::failback`]).
+//!    (`starts`): by priority and start order, a few at a time on each node, after the former owner has stopped for certain.
+//! 3. What its owner has given up on goes to another node, at most so often as its policy allows (`moves::failures`).
+//! 4. What is on a node that is drained or about to stop moves away (`moves::drain`).
+//! 5. What is where a hard rule does not allow it any more moves away (`moves::hard_rules`).
+//! 6. What had to leave its preferred owner goes back when its policy says so (`moves::failback`).
 //! 7. Virtual machines leave nodes that are too busy, when all is quiet ([`super::balance`]).
 //!
 //! **When has a former owner stopped for certain?** At once, when it is there again (it takes a new incarnation only when all
