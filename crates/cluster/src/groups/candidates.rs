@@ -36,7 +36,7 @@ pub fn explain(db: &ClusterDb, view: &GroupView, group: &str) -> Vec<(NodeId, St
     let (mut fit, mut unfit) = (Vec::new(), Vec::new());
     for node in db.nodes.values() {
         match planner.fit(group, node) {
-            Ok(()) => fit.push((planner.key(group, node.id, true), node)),
+            Ok(()) => fit.push((planner.key(group, node.id), node)),
             Err(why) => unfit.push((node.id, why.about(node))),
         }
     }
@@ -330,8 +330,8 @@ impl<'a> Planner<'a> {
         group.failures.iter().any(|failure| failure.node == node && self.age_ms(failure.at_unix_ms) < lately)
     }
 
-    /// The node's place in the order; for a start, the last owner counts.
-    pub(super) fn key(&self, group: &'a Group, node: NodeId, start: bool) -> Key {
+    /// The node's place in the order; the last owner counts only when the group has none that stands.
+    pub(super) fn key(&self, group: &'a Group, node: NodeId) -> Key {
         let last = if self.db.group_owner_stands(group) { None } else { group.owner.or(group.last_owner) };
         let (memory_mib, cpus) = self.needs(group);
         let home = self.counted_at(group) == Some(node);
@@ -342,7 +342,7 @@ impl<'a> Planner<'a> {
         Key {
             failed_there: self.failed_there(group, node),
             rank: group.rank(node),
-            not_last: !(start && group.policy.persistent && last == Some(node)),
+            not_last: !(group.policy.persistent && last == Some(node)),
             company: self.company(group, node, false).count(),
             memory_permille: permille(with(promised.memory_mib, memory_mib), has_mib),
             cpu_permille: permille(with(promised.cpus, cpus), has_cpus),
@@ -352,10 +352,10 @@ impl<'a> Planner<'a> {
     }
 
     /// The best owner, `not` left out.
-    pub(super) fn best(&self, group: &'a Group, not: Option<NodeId>, start: bool) -> Result<Key, Blocked> {
+    pub(super) fn best(&self, group: &'a Group, not: Option<NodeId>) -> Result<Key, Blocked> {
         let others = self.db.nodes.values().filter(|node| Some(node.id) != not);
         let fit = others.filter(|node| self.fit(group, node).is_ok());
-        let best = fit.map(|node| self.key(group, node.id, start)).min();
+        let best = fit.map(|node| self.key(group, node.id)).min();
         best.ok_or_else(|| self.blocked(group, not))
     }
 

@@ -17,7 +17,7 @@ pub(super) fn failures(planner: &mut Planner<'_>) {
             continue;
         }
         let Some(owner) = planner.movable(group) else { continue };
-        let best = planner.best(group, Some(owner.id), false);
+        let best = planner.best(group, Some(owner.id));
         match best {
             // The drain takes it away, or the node's end does.
             Ok(_) if owner.gives_volumes_up() => {}
@@ -89,7 +89,7 @@ pub(super) fn drain(planner: &mut Planner<'_>) {
     for (group, owner) in groups {
         let what = if owner.leaving { "is about to stop" } else { "is being drained" };
         let reason = format!("{} {what}", owner.name);
-        match planner.best(group, Some(owner.id), false) {
+        match planner.best(group, Some(owner.id)) {
             Ok(best) if planner.room_to_move() => {
                 planner.release(group, Some(best.node()), (how(group), MoveCause::Drain), reason);
             }
@@ -124,7 +124,7 @@ pub(super) fn hard_rules(planner: &mut Planner<'_>) {
         if !planner.room_to_move() {
             return;
         }
-        if let Ok(best) = planner.best(group, Some(owner.id), false) {
+        if let Ok(best) = planner.best(group, Some(owner.id)) {
             planner.release(group, Some(best.node()), (how(group), MoveCause::Rule), reason);
         }
     }

@@ -56,7 +56,7 @@ pub(super) fn start(planner: &mut Planner<'_>) {
 /// Says of the groups that no node can take why not; last, when it is known what else this plan gives to the nodes.
 pub(super) fn say_homeless(planner: &mut Planner<'_>) {
     for group in std::mem::take(&mut planner.homeless) {
-        if let Err(Blocked::NoNode(why)) = planner.best(group, None, true) {
+        if let Err(Blocked::NoNode(why)) = planner.best(group, None) {
             planner.unplaced(group, format!("no node can take it: {why}"));
         }
     }
@@ -114,7 +114,7 @@ fn start_one<'a>(
     if let Some(first) = barrier.filter(|first| first.policy.priority > group.policy.priority) {
         return Outcome::Not(format!("group {} of higher priority starts first", first.name));
     }
-    let best = match planner.best(group, None, true) {
+    let best = match planner.best(group, None) {
         Ok(best) => best,
         Err(Blocked::Wait) => return Outcome::Soon("a node has not reported yet".into()),
         Err(Blocked::NoNode(_)) if cold => {
