@@ -330,9 +330,9 @@ impl<'a> Planner<'a> {
         group.failures.iter().any(|failure| failure.node == node && self.age_ms(failure.at_unix_ms) < lately)
     }
 
-    /// The node's place in the order; the last owner counts only when the group has none that stands.
+    /// The node's place in the order.
     pub(super) fn key(&self, group: &'a Group, node: NodeId) -> Key {
-        let last = if self.db.group_owner_stands(group) { None } else { group.owner.or(group.last_owner) };
+        let last = group.owner.or(group.last_owner);
         let (memory_mib, cpus) = self.needs(group);
         let home = self.counted_at(group) == Some(node);
         let promised = self.promised(node);
