@@ -1,1 +1,9 @@
 //! The types that come with csvfs, and where a type is looked up.
+
+pub mod csv;
+pub mod ip;
+mod mounts;
+mod run;
+mod settings;
+#[cfg(test)]
+mod testbed;
