@@ -3,6 +3,7 @@
 pub mod csv;
 pub mod ip;
 mod mounts;
+pub mod name;
 mod run;
 mod settings;
 #[cfg(test)]
