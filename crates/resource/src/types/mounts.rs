@@ -39,7 +39,9 @@ fn parse(line: &str) -> Option<Mount> {
     let mut fields = mount.split(' ').skip(2);
     let device = fields.next()?.to_owned();
     let point = PathBuf::from(unescape(fields.nth(1)?));
-    let read_only = |options: &str| options.split(',').any(|option| option == "ro");
+    // ext4 since Linux 6.15 says why, too.
+    let read_only =
+        |options: &str| options.split(',').any(|option| matches!(option, "ro" | "emergency_ro" | "shutdown"));
     let by_mount = read_only(fields.next()?);
     let mut fields = fs.split(' ');
     let kind = fields.next()?.to_owned();

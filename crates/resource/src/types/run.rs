@@ -16,6 +16,10 @@ use std::time::{Duration, Instant};
 
 /// How often cancellation is looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// How long a killed program may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(3);
+/// How often somebody is told that a long call gets on.
+const TELL: Duration = Duration::from_secs(10);
 /// Most that is kept of each output of a program.
 const OUTPUT_BYTES_MAX: u64 = 1 << 20;
 
@@ -93,11 +97,18 @@ impl<'a> Program<'a> {
         });
         let stdout = child.stdout.take().map(collect);
         let stderr = child.stderr.take().map(collect);
-        let waited = self.wait(&mut child, context);
-        if waited.is_err() {
+        let waited = self.wait(&mut child, self.limit, Some(context));
+        if let Err(error) = waited {
             if let Some(group) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) {
                 let _ = kill_process_group(group, Signal::KILL);
             }
+            if self.wait(&mut child, KILL_LIMIT, None).is_err() {
+                // It hangs in the kernel, as on a disk that does not answer. A thread takes note of its end.
+                std::thread::spawn(move || drop(child.wait()));
+                return Err(Failure::new(format!("{error}; it hangs in the kernel and cannot be ended",)));
+            }
+            let _ = child.wait();
+            return Err(error);
         }
         let status = child.wait().map_err(|error| Failure::new(format!("{}: {error}", self.name)))?;
         if let Some(writer) = writer {
@@ -107,7 +118,6 @@ impl<'a> Program<'a> {
             reader.and_then(|reader| reader.join().ok()).unwrap_or_default()
         };
         let (stdout, stderr) = (text(stdout), text(stderr));
-        waited?;
         Ok(Output { code: status.code(), stdout, stderr })
     }
 
@@ -143,13 +153,13 @@ impl<'a> Program<'a> {
         })
     }
 
-    fn wait(&self, child: &mut Child, context: &Context) -> Result<(), Failure> {
+    fn wait(&self, child: &mut Child, limit: Duration, context: Option<&Context>) -> Result<(), Failure> {
         let failed =
             |error: std::io::Error| Failure::new(format!("{} cannot be watched: {error}", self.name));
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         let pid = pid.ok_or_else(|| Failure::new(format!("{} has no process number", self.name)))?;
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
-        let deadline = Instant::now() + self.limit;
+        let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let tick = Timespec::try_from(left.min(TICK)).unwrap_or(Timespec { tv_sec: 0, tv_nsec: 0 });
@@ -158,14 +168,14 @@ impl<'a> Program<'a> {
                 Ok(0) | Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(failed(errno.into())),
             }
-            if context.cancelled() {
+            if context.is_some_and(|context| context.cancelled()) {
                 return Err(Failure::Cancelled);
             }
             if left.is_zero() {
                 return Err(Failure::new(format!(
                     "{} did not end within {} s and was killed",
                     self.name,
-                    self.limit.as_secs_f32()
+                    limit.as_secs_f32()
                 )));
             }
         }
@@ -219,9 +229,46 @@ impl Bounded {
         what: &str,
         call: impl FnOnce() -> Result<T, String> + Send + 'static,
     ) -> Result<T, Failure> {
+        let began = Instant::now();
+        let late = || began.elapsed() >= limit;
+        self.watch(limit.min(TICK), what, call, || {
+            late().then(|| Failure::new(format!("{what} did not return within {} s", limit.as_secs_f32())))
+        })
+    }
+
+    /// As [`Bounded::call`], for as long as somebody waits for it.
+    ///
+    /// # Errors
+    /// As there, and `Cancelled`.
+    pub(crate) fn long<T: Send + 'static>(
+        &mut self,
+        context: &Context,
+        what: &str,
+        call: impl FnOnce() -> Result<T, String> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let mut told = Instant::now();
+        self.watch(TICK, what, call, || {
+            if told.elapsed() >= TELL {
+                context.progress(what);
+                told = Instant::now();
+            }
+            context.cancelled().then_some(Failure::Cancelled)
+        })
+    }
+
+    /// Waits until `give_up` says why not to.
+    fn watch<T: Send + 'static>(
+        &mut self,
+        tick: Duration,
+        what: &str,
+        call: impl FnOnce() -> Result<T, String> + Send + 'static,
+        mut give_up: impl FnMut() -> Option<Failure>,
+    ) -> Result<T, Failure> {
         if let Some((done, since)) = &self.left {
-            if matches!(done.recv_timeout(limit), Err(RecvTimeoutError::Timeout)) {
-                return Err(Failure::new(format!("{what} hangs since {} s", since.elapsed().as_secs())));
+            while matches!(done.recv_timeout(tick), Err(RecvTimeoutError::Timeout)) {
+                if give_up().is_some() {
+                    return Err(Failure::new(format!("{what} hangs since {} s", since.elapsed().as_secs())));
+                }
             }
             self.left = None;
         }
@@ -233,12 +280,18 @@ impl Bounded {
             drop(finish);
         });
         spawned.map_err(|error| Failure::new(format!("{what}: no thread for it: {error}")))?;
-        match answered.recv_timeout(limit) {
-            Ok(result) => result.map_err(Failure::Failed),
-            Err(RecvTimeoutError::Disconnected) => Err(Failure::new(format!("{what}: it panicked"))),
-            Err(RecvTimeoutError::Timeout) => {
-                self.left = Some((finished, began));
-                Err(Failure::new(format!("{what} did not return within {} s", limit.as_secs_f32())))
+        loop {
+            match answered.recv_timeout(tick) {
+                Ok(result) => return result.map_err(Failure::Failed),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Failure::new(format!("{what}: it panicked")));
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(failure) = give_up() {
+                        self.left = Some((finished, began));
+                        return Err(failure);
+                    }
+                }
             }
         }
     }
