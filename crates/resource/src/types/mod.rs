@@ -7,5 +7,6 @@ mod mounts;
 pub mod name;
 mod run;
 mod settings;
+pub mod share;
 #[cfg(test)]
 mod testbed;
