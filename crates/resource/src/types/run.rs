@@ -144,12 +144,14 @@ impl<'a> Program<'a> {
             .stderr(Stdio::piped())
             .process_group(0)
             .spawn();
-        spawned.map_err(|error| match error.kind() {
-            ErrorKind::NotFound => Failure::NotHere(format!(
-                "the program {} is not on this node; install the package {}",
-                self.name, self.package
-            )),
-            _ => Failure::new(format!("{} could not be started: {error}", self.name)),
+        spawned.map_err(|error| {
+            if error.kind() == ErrorKind::NotFound {
+                return Failure::NotHere(format!(
+                    "the program {} is not on this node; install the package {}",
+                    self.name, self.package
+                ));
+            }
+            Failure::new(format!("{} could not be started: {error}", self.name))
         })
     }
 

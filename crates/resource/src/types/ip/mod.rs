@@ -341,11 +341,11 @@ impl Resource for Address {
         let saved = Saved { interface: interface.name.clone(), addr: self.addr, prefix: self.prefix };
         self.context.save(serde_json::to_value(saved).ok());
         self.add(&interface.name)?;
-        if let (IpAddr::V6(addr), true) = (self.addr, self.duplicate_check) {
-            if let Err(error) = self.await_detection(&interface, addr) {
-                self.remove()?;
-                return Err(error);
-            }
+        if let (IpAddr::V6(addr), true) = (self.addr, self.duplicate_check)
+            && let Err(error) = self.await_detection(&interface, addr)
+        {
+            self.remove()?;
+            return Err(error);
         }
         self.announce(&interface)
     }

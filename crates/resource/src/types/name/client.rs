@@ -124,15 +124,11 @@ impl Client {
         let bytes = self.by_tcp(&request).map_err(|error| self.silent(error))?;
         let answer = self.parse(&bytes, message.metadata.id)?;
         let code = answer.metadata.response_code;
-        if let (Some(mut verifier), Some(signer)) = (verifier, &self.signer) {
-            if let Err(error) = verifier.verify(&bytes) {
-                let why = if code == ResponseCode::NoError { error.to_string() } else { code.to_string() };
-                return Err(DnsError::Key {
-                    server: self.server,
-                    key: signer.signer_name().to_string(),
-                    why,
-                });
-            }
+        if let (Some(mut verifier), Some(signer)) = (verifier, &self.signer)
+            && let Err(error) = verifier.verify(&bytes)
+        {
+            let why = if code == ResponseCode::NoError { error.to_string() } else { code.to_string() };
+            return Err(DnsError::Key { server: self.server, key: signer.signer_name().to_string(), why });
         }
         if code == ResponseCode::NoError { Ok(()) } else { Err(self.code(code)) }
     }
@@ -186,10 +182,9 @@ impl Client {
         if answer.queries.first().is_none_or(|query| query.name() != name || query.query_type() != kind) {
             return Err(self.nonsense("it answers another question"));
         }
-        match answer.metadata.response_code {
-            ResponseCode::NoError | ResponseCode::NXDomain => Ok(answer),
-            code => Err(self.code(code)),
-        }
+        let code = answer.metadata.response_code;
+        let is_answer = matches!(code, ResponseCode::NoError | ResponseCode::NXDomain);
+        if is_answer { Ok(answer) } else { Err(self.code(code)) }
     }
 
     fn parse(&self, bytes: &[u8], id: u16) -> Result<Message, DnsError> {

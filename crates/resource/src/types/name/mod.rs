@@ -10,27 +10,22 @@
 //! only to know when it was registered last.
 
 mod client;
+mod config;
 mod records;
 #[cfg(test)]
 mod tests;
 
-use super::settings::{flag, list, number, of_dependencies, optional, path, required, text, words};
-use crate::api::{
-    Context, EventLevel, Failure, Form, Resource, ResourceType, Spec, TypeInfo, address_with_prefix,
-};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use client::{ALGORITHMS, Client, DnsError};
+use super::settings::{flag, number, text};
+use crate::api::{Context, EventLevel, Failure, Resource, ResourceType, Spec, TypeInfo};
+use client::{Client, DnsError};
+use config::{addresses, full_name, open_client, parse_name};
 use hickory_proto::op::ResponseCode;
 use hickory_proto::rr::Name;
 use records::{Registration, When, reverse_name};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-/// Of DNS.
-const PORT: u16 = 53;
 
 /// The type.
 #[derive(Debug, Clone, Copy, Default)]
@@ -38,86 +33,10 @@ pub struct NetworkName;
 
 impl ResourceType for NetworkName {
     fn info(&self) -> TypeInfo {
-        let number = |max| Form::Number { min: 0, max };
         TypeInfo {
             name: "NetworkName".into(),
             help: "A name in the DNS for the group's IP addresses".into(),
-            properties: vec![
-                required("name", Form::Text, "the name, alone or with its zone"),
-                required("zone", Form::Text, "zone of the name; the server must take dynamic updates for it"),
-                required(
-                    "server",
-                    Form::Text,
-                    "the zone's primary server: IP address, with :port if it is not 53",
-                ),
-                optional(
-                    "tsig_key",
-                    Form::Text,
-                    None,
-                    "name of the key that signs updates; without one they are not signed",
-                ),
-                optional(
-                    "tsig_secret",
-                    Form::Text,
-                    None,
-                    "the key's secret in base64, kept in the cluster database",
-                ),
-                optional(
-                    "tsig_secret_file",
-                    Form::Path,
-                    None,
-                    "file with the secret in base64, on every node",
-                ),
-                optional("tsig_algorithm", words(&ALGORITHMS), Some("hmac-sha256"), "algorithm of the key"),
-                optional(
-                    "ttl",
-                    number(604_800),
-                    Some("60"),
-                    "how long clients may keep the addresses, in seconds",
-                ),
-                optional(
-                    "addresses",
-                    Form::Text,
-                    Some("those of the IPAddress resources that it depends on"),
-                    "IP addresses, with commas",
-                ),
-                optional(
-                    "reregister_hours",
-                    number(8760),
-                    Some("24"),
-                    "registered again so often, in hours; 0: never",
-                ),
-                optional(
-                    "reverse",
-                    Form::Bool,
-                    Some("false"),
-                    "also registers the name for the addresses (PTR)",
-                ),
-                optional(
-                    "reverse_zone",
-                    Form::Text,
-                    Some("the one that the server names"),
-                    "zone of the PTR records",
-                ),
-                optional(
-                    "require_dns",
-                    Form::Bool,
-                    Some("true"),
-                    "fails when the DNS server does not answer; else it warns and tries again",
-                ),
-                optional(
-                    "remove_on_offline",
-                    Form::Bool,
-                    Some("false"),
-                    "removes the records when it goes offline",
-                ),
-                optional(
-                    "replace_foreign",
-                    Form::Bool,
-                    Some("false"),
-                    "takes the name even when its records are not this cluster's",
-                ),
-            ],
+            properties: config::properties(),
             verbs: vec![
                 ("register".into(), "registers the name again now".into()),
                 ("lookup".into(), "what the server says of the name".into()),
@@ -129,32 +48,7 @@ impl ResourceType for NetworkName {
     }
 
     fn check(&self, properties: &BTreeMap<String, String>) -> Result<(), String> {
-        full_name(properties)?;
-        server(properties)?;
-        listed_addresses(properties)?;
-        let key = text(properties, "tsig_key");
-        let (secret, file) = (text(properties, "tsig_secret"), text(properties, "tsig_secret_file"));
-        match (key, secret, file) {
-            (Some(_), None, None) => {
-                return Err("tsig_key needs its secret: give tsig_secret or tsig_secret_file".into());
-            }
-            (None, Some(_), _) | (None, None, Some(_)) => {
-                return Err(
-                    "there is a TSIG secret, but tsig_key does not say whose; give the key's name".into()
-                );
-            }
-            (_, Some(_), Some(_)) => return Err("give tsig_secret or tsig_secret_file, not both".into()),
-            (Some(key), Some(secret), None) => drop(client::signer(key, "", decode(secret)?)?),
-            (Some(key), None, Some(_)) => drop(client::signer(key, "", vec![0])?),
-            (None, None, None) => {}
-        }
-        if let Some(zone) = text(properties, "reverse_zone") {
-            parse_name("reverse_zone", zone)?;
-            if !flag(properties, "reverse", false) {
-                return Err("reverse_zone is given, but reverse is false; set reverse to true".into());
-            }
-        }
-        Ok(())
+        config::check(properties)
     }
 
     fn open(&self, spec: Spec, context: Context) -> Result<Box<dyn Resource>, Failure> {
@@ -183,86 +77,6 @@ impl ResourceType for NetworkName {
             context,
         }))
     }
-}
-
-fn parse_name(property: &str, value: &str) -> Result<Name, String> {
-    let mut name =
-        Name::from_ascii(value).map_err(|error| format!("{property} \"{value}\" is no DNS name: {error}"))?;
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_' | '/');
-    if name.is_root() || !value.chars().all(plain) {
-        return Err(format!("{property} \"{value}\" is no DNS name: letters, digits, hyphens and dots"));
-    }
-    name.set_fqdn(true);
-    Ok(name.to_lowercase())
-}
-
-/// Name and zone.
-fn full_name(properties: &BTreeMap<String, String>) -> Result<(Name, Name), String> {
-    let zone = parse_name("zone", text(properties, "zone").unwrap_or_default())?;
-    let given = text(properties, "name").unwrap_or_default();
-    let name = parse_name("name", given)?;
-    if name == zone {
-        return Err(format!("name \"{given}\" is the zone itself; choose a name in it"));
-    }
-    if zone.zone_of(&name) {
-        return Ok((name, zone));
-    }
-    if given.ends_with('.') {
-        return Err(format!("name \"{given}\" is not in the zone {zone}"));
-    }
-    let full = parse_name("name", &format!("{}.{zone}", given.trim_end_matches('.')))?;
-    Ok((full, zone))
-}
-
-fn server(properties: &BTreeMap<String, String>) -> Result<SocketAddr, String> {
-    let given = text(properties, "server").unwrap_or_default();
-    let with_port = given.parse::<SocketAddr>().ok();
-    let addr = given.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().ok();
-    with_port
-        .or_else(|| addr.map(|addr| SocketAddr::new(addr, PORT)))
-        .ok_or_else(|| format!("server \"{given}\" is no IP address, with or without :port"))
-}
-
-fn listed_addresses(properties: &BTreeMap<String, String>) -> Result<BTreeSet<IpAddr>, String> {
-    let parse = |text: String| text.parse().map_err(|_| format!("addresses: \"{text}\" is no IP address"));
-    list(properties, "addresses").into_iter().map(parse).collect()
-}
-
-fn addresses(spec: &Spec) -> Result<BTreeSet<IpAddr>, String> {
-    let mut addresses = listed_addresses(&spec.properties)?;
-    if addresses.is_empty() {
-        let given = of_dependencies(spec, "IPAddress", "address");
-        addresses.extend(given.filter_map(address_with_prefix).map(|(addr, _)| addr));
-    }
-    if addresses.is_empty() {
-        return Err(format!(
-            "the name {} has no address: let it depend on an IPAddress, or give the property addresses",
-            text(&spec.properties, "name").unwrap_or_default()
-        ));
-    }
-    Ok(addresses)
-}
-
-fn decode(secret: &str) -> Result<Vec<u8>, String> {
-    let bytes =
-        STANDARD.decode(secret.trim()).map_err(|error| format!("the TSIG secret is no base64: {error}"))?;
-    if bytes.is_empty() { Err("the TSIG secret is empty".into()) } else { Ok(bytes) }
-}
-
-fn open_client(properties: &BTreeMap<String, String>) -> Result<Client, Failure> {
-    let server = server(properties).map_err(Failure::Config)?;
-    let Some(key) = text(properties, "tsig_key") else { return Ok(Client::new(server, None)) };
-    let secret = match path(properties, "tsig_secret_file") {
-        Some(file) => std::fs::read_to_string(&file).map_err(|error| {
-            let file = file.display();
-            Failure::NotHere(format!("tsig_secret_file {file} cannot be read: {error}; put it on this node"))
-        })?,
-        None => text(properties, "tsig_secret").unwrap_or_default().to_owned(),
-    };
-    let secret = decode(&secret).map_err(Failure::Config)?;
-    let algorithm = text(properties, "tsig_algorithm").unwrap_or("hmac-sha256");
-    let signer = client::signer(key, algorithm, secret).map_err(Failure::Config)?;
-    Ok(Client::new(server, Some(signer)))
 }
 
 /// What a new host must know.
@@ -365,24 +179,23 @@ impl Registered {
         let DnsError::Code { server, code } = error else {
             return Failure::new(format!("the name {name} could not be registered: {error}"));
         };
-        let text = match code {
-            ResponseCode::YXDomain => {
-                let says = self.client.addresses(name).unwrap_or_default();
-                let says: Vec<String> = says.iter().map(IpAddr::to_string).collect();
-                let says = if says.is_empty() { "no address".to_owned() } else { says.join(", ") };
-                format!(
-                    "the name {name} is held by somebody else: {server} has records for it ({says}) without this cluster's \
-                     owner record; choose another name, remove those records, or set replace_foreign"
-                )
-            }
-            ResponseCode::Refused | ResponseCode::NotAuth => format!(
+        let text = if *code == ResponseCode::YXDomain {
+            let says = self.client.addresses(name).unwrap_or_default();
+            let says: Vec<String> = says.iter().map(IpAddr::to_string).collect();
+            let says = if says.is_empty() { "no address".to_owned() } else { says.join(", ") };
+            format!(
+                "the name {name} is held by somebody else: {server} has records for it ({says}) without this cluster's \
+                 owner record; choose another name, remove those records, or set replace_foreign"
+            )
+        } else if matches!(code, ResponseCode::Refused | ResponseCode::NotAuth) {
+            format!(
                 "{server} answers {code} to the update of {name}: it is not the primary server of {zone}, or does not \
                  allow this key (or this node's address) to update it"
-            ),
-            ResponseCode::NotZone => {
-                format!("{server} answers {code}: the name {name} is not in its zone {zone}")
-            }
-            _ => format!("the name {name} could not be registered: {error}"),
+            )
+        } else if *code == ResponseCode::NotZone {
+            format!("{server} answers {code}: the name {name} is not in its zone {zone}")
+        } else {
+            format!("the name {name} could not be registered: {error}")
         };
         Failure::new(text)
     }
@@ -454,11 +267,11 @@ impl Resource for Registered {
     }
 
     fn offline(&mut self) -> Result<(), Failure> {
-        if self.remove_on_offline {
-            if let Err(failure) = self.unregister() {
-                // The name has no part in whether the group may move.
-                self.context.event(EventLevel::Warning, &failure.to_string());
-            }
+        if self.remove_on_offline
+            && let Err(failure) = self.unregister()
+        {
+            // The name has no part in whether the group may move.
+            self.context.event(EventLevel::Warning, &failure.to_string());
         }
         self.context.save(None);
         Ok(())

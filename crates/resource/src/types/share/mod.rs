@@ -10,6 +10,7 @@
 //! mounted: a directory under an empty mount point is never exported.
 
 mod conf;
+mod process;
 mod server;
 #[cfg(test)]
 mod tests;

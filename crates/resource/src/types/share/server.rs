@@ -10,10 +10,11 @@
 //! would go on serving when it is killed, are found by the files of the lock directory that they have open.
 
 use super::conf::{self, Layout, Settings};
+use super::process::{Process, is_listening, signal, users_of};
 use crate::api::{Context, Failure};
 use crate::types::run::{Program, pause};
 use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{ErrorKind, Write as _};
@@ -44,14 +45,6 @@ pub(super) struct Server {
     group: String,
 }
 
-/// A process, told from a later one with its number by its start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Process {
-    pid: i32,
-    /// In clock ticks since boot (proc_pid_stat(5), field 22).
-    start: u64,
-}
-
 #[derive(Debug, Serialize, Deserialize)]
 struct Running {
     process: Process,
@@ -62,21 +55,6 @@ struct Running {
 pub(super) fn escape(name: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
     name.chars().map(|c| if plain(c) { c.to_string() } else { format!("+{:x}", u32::from(c)) }).collect()
-}
-
-impl Process {
-    fn find(pid: i32) -> Option<Process> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name may hold anything; the fields follow its last parenthesis.
-        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-        let state = fields.next()?;
-        let start = fields.nth(18)?.parse().ok()?;
-        (!matches!(state, "Z" | "X")).then_some(Process { pid, start })
-    }
-
-    fn is_alive(self) -> bool {
-        Process::find(self.pid) == Some(self)
-    }
 }
 
 impl Server {
@@ -240,16 +218,7 @@ impl Server {
         for addr in self.sockets() {
             // smbd would only write it to its log.
             if let Err(error) = TcpListener::bind(addr) {
-                return Err(Failure::new(match error.kind() {
-                    ErrorKind::AddrInUse => format!(
-                        "{addr} is in use by another program (the machine's own smbd?); stop it, bind it to other addresses \
-                         (interfaces, bind interfaces only), or choose another port"
-                    ),
-                    ErrorKind::AddrNotAvailable => {
-                        format!("{addr} is no address of this node; is its IPAddress online?")
-                    }
-                    _ => format!("nothing can listen on {addr}: {error}"),
-                }));
+                return Err(cannot_listen(addr, &error));
             }
         }
         let _ = fs::remove_file(self.layout.pid_file());
@@ -361,6 +330,19 @@ impl Server {
     }
 }
 
+fn cannot_listen(addr: SocketAddr, error: &std::io::Error) -> Failure {
+    Failure::new(if error.kind() == ErrorKind::AddrInUse {
+        format!(
+            "{addr} is in use by another program (the machine's own smbd?); stop it, bind it to other addresses \
+             (interfaces, bind interfaces only), or choose another port"
+        )
+    } else if error.kind() == ErrorKind::AddrNotAvailable {
+        format!("{addr} is no address of this node; is its IPAddress online?")
+    } else {
+        format!("nothing can listen on {addr}: {error}")
+    })
+}
+
 /// Replaces a file as a whole.
 fn write(path: &Path, text: &str) -> Result<(), Failure> {
     let new = path.with_extension("new");
@@ -371,64 +353,9 @@ fn write(path: &Path, text: &str) -> Result<(), Failure> {
         .map_err(|error| Server::io(path, error))
 }
 
-fn signal(process: Process, signal: Signal) {
-    let Some(pid) = Pid::from_raw(process.pid) else { return };
-    // The descriptor first: then what is looked at and what gets the signal are the same process.
-    let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return };
-    if process.is_alive() {
-        let _ = pidfd_send_signal(&pidfd, signal);
-    }
-}
-
-/// Processes with files below a directory open.
-fn users_of(dir: &Path) -> Vec<Process> {
-    let Ok(dir) = dir.canonicalize() else { return Vec::new() };
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter_map(Process::find)
-        .filter(|process| {
-            let open = fs::read_dir(format!("/proc/{}/fd", process.pid)).into_iter().flatten().flatten();
-            open.into_iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|target| target.starts_with(&dir)))
-        })
-        .collect()
-}
-
-/// Does somebody listen there? By `/proc/net/tcp`: a connection would say no more, and make smbd start a process each time.
-fn is_listening(addr: SocketAddr) -> bool {
-    const LISTEN: &str = "0A";
-    let (file, ip) = match addr.ip() {
-        // Words in the byte order of the machine.
-        IpAddr::V4(ip) => ("tcp", format!("{:08X}", u32::from_ne_bytes(ip.octets()))),
-        IpAddr::V6(ip) => {
-            let octets = ip.octets();
-            let words =
-                octets.chunks_exact(4).filter_map(|word| word.try_into().ok()).map(u32::from_ne_bytes);
-            ("tcp6", words.map(|word| format!("{word:08X}")).collect())
-        }
-    };
-    let wanted = format!("{ip}:{:04X}", addr.port());
-    // Of the thread, whose network namespace may be another than the process's.
-    let text = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
-    text.lines().any(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        fields.next() == Some(wanted.as_str()) && fields.nth(1) == Some(LISTEN)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn listening_is_seen_without_connecting() {
-        for addr in ["127.0.0.1:0", "[::1]:0"] {
-            let Ok(listener) = TcpListener::bind(addr) else { continue };
-            let addr = listener.local_addr().unwrap();
-            assert!(is_listening(addr), "{addr}");
-            drop(listener);
-            assert!(!is_listening(addr), "{addr}");
-        }
-    }
 
     #[test]
     fn names_become_file_names() {

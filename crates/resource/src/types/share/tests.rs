@@ -144,6 +144,8 @@ fn permissions_and_enumeration_are_as_the_properties_say() {
     // Access-based enumeration, of files and of shares.
     let listing = node.client("daemon%pw-daemon", "a", "ls");
     assert!(listing.contains("seen") && !listing.contains("secret"), "{listing}");
+    fs::copy(node.volume().join("a/secret"), node.volume().join("b/secret")).unwrap();
+    assert!(node.client("daemon%pw-daemon", "b", "ls").contains("secret"), "without it");
     assert!(node.listed("games%pw-games").contains("Disk|a|"));
     let listed = node.listed("mail%pw-mail");
     assert!(
