@@ -195,20 +195,20 @@ pub(super) fn take_down(
 ) -> Result<(), Failure> {
     let shown = point.display();
     let path = point.to_owned();
-    let orderly = is_ours
-        && calls
-            .call(FORCE_LIMIT, &format!("unmounting {shown}"), move || {
-                if let Ok(root) = File::open(&path) {
-                    let _ = rustix::fs::syncfs(&root);
-                }
-                umount2(&path, MntFlags::UMOUNT_NOFOLLOW).map_err(|errno| errno.to_string())
-            })
-            .is_ok();
-    if orderly {
-        return Ok(());
-    }
-    // As a power cut: the log is flushed only to a disk that is ours.
-    let flags = if is_ours { sys::SHUTDOWN_LOGFLUSH } else { sys::SHUTDOWN_NOLOGFLUSH };
+    let tried = is_ours.then(|| {
+        calls.call(FORCE_LIMIT, &format!("unmounting {shown}"), move || {
+            if let Ok(root) = File::open(&path) {
+                let _ = rustix::fs::syncfs(&root);
+            }
+            Ok(umount2(&path, MntFlags::UMOUNT_NOFOLLOW))
+        })
+    });
+    // As a power cut; the log is flushed only to a disk that is ours and answers.
+    let flags = match tried {
+        Some(Ok(Ok(()))) => return Ok(()),
+        Some(Ok(Err(_))) => sys::SHUTDOWN_LOGFLUSH,
+        Some(Err(_)) | None => sys::SHUTDOWN_NOLOGFLUSH,
+    };
     let path = point.to_owned();
     // A call of its own, since the one before may hang for as long as the disk does.
     let mut force = Bounded::default();

@@ -196,7 +196,11 @@ impl Disk {
 
     fn give_back(&self, saved: &Saved) -> Result<(), Failure> {
         let Some(key) = saved.key else { return Ok(()) };
-        self.claim(saved.device.clone(), key).give_back()
+        let claim = self.claim(saved.device.clone(), key);
+        // By a call of its own: an earlier one may hang.
+        Bounded::default().call(reserve::COMMAND_LIMIT, "giving the reservation back", move || {
+            claim.give_back().map_err(|error| error.to_string())
+        })
     }
 }
 
@@ -242,12 +246,20 @@ impl Resource for Disk {
         let Some(saved) = self.saved() else { return Ok(()) };
         let is_ours = self.is_ours(&saved);
         self.keeper = None;
-        if device::mounted(&saved.number, &saved.mount)?.is_some() {
-            device::take_down(&mut self.calls, &saved.device, &saved.mount, is_ours)?;
+        let is_mounted = device::mounted(&saved.number, &saved.mount)?.is_some();
+        let mut left = Vec::new();
+        if is_mounted
+            && let Err(error) = device::take_down(&mut self.calls, &saved.device, &saved.mount, is_ours)
+        {
+            if saved.key.is_none() {
+                return Err(error);
+            }
+            left.push(error);
         }
-        if let Err(error) = self.give_back(&saved) {
-            // The next owner takes it by force; the file system here is down.
-            let text = format!("the reservation of {} was not given back: {error}", saved.device.display());
+        left.extend(self.give_back(&saved).err());
+        for error in left {
+            // The next owner takes the disk by force: from then on nothing of this node reaches it, whatever hangs here.
+            let text = format!("{} was not let go in order: {error}", saved.device.display());
             self.context.event(EventLevel::Warning, &text);
         }
         self.context.save(None);

@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_secs(3);
 /// A look older than this says nothing.
 pub(super) const STALE: Duration = Duration::from_secs(9);
 /// Longest time of a command on storage that can preempt but not abort.
-const COMMAND_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const COMMAND_LIMIT: Duration = Duration::from_secs(30);
 
 /// A disk and this node's key on it.
 #[derive(Debug, Clone)]

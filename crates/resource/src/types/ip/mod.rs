@@ -213,6 +213,16 @@ impl Address {
     }
 
     fn add(&self, interface: &str) -> Result<(), Failure> {
+        if self.addr.is_ipv4() {
+            // Else the kernel would remove other addresses of the subnet together with the first of them.
+            let setting = format!("/proc/sys/net/ipv4/conf/{interface}/promote_secondaries");
+            if let Err(error) = std::fs::write(&setting, "1") {
+                let text = format!(
+                    "{setting} cannot be set to 1: {error}; other addresses of the subnet may go with this one"
+                );
+                self.context.event(EventLevel::Warning, &text);
+            }
+        }
         let mut args = vec!["address".to_owned(), "add".into(), format!("{}/{}", self.addr, self.prefix)];
         if self.addr.is_ipv4() {
             args.extend(["broadcast".into(), "+".into()]);

@@ -171,3 +171,27 @@ fn a_link_without_carrier_is_not_alive() {
         assert!(matches!(&error, Failure::NotHere(text) if text.contains("eth0")), "{error}");
     });
 }
+
+#[test]
+fn addresses_of_one_subnet_come_and_go_by_themselves() {
+    let Some(net) = Net::new() else { return };
+    let (first_bed, second_bed) = (Bed::new(), Bed::new());
+    net.on_left(|| {
+        let pairs = [("address", "10.88.0.5/24"), ("interface", "eth0"), ("label", "web")];
+        let mut first = address(&first_bed, &pairs);
+        first.online().unwrap();
+        // Found by the subnet of the first one.
+        let mut second = address(&second_bed, &[("address", "10.88.0.6/24"), ("duplicate_check", "false")]);
+        second.online().unwrap();
+        assert!(sh("ip", &["address", "show", "label", "eth0:web"]).contains("10.88.0.5/24"));
+        first.looks_alive().unwrap();
+        first.offline().unwrap();
+        second.is_alive().unwrap();
+        sh("ip", &["address", "delete", "10.88.0.6/24", "dev", "eth0"]);
+        let error = second.looks_alive().unwrap_err();
+        assert!(error.to_string().contains("somebody has removed it"), "{error}");
+        second.terminate().unwrap();
+        assert!(second_bed.saved().is_none());
+    });
+    assert_eq!(first_bed.events(), Vec::<String>::new());
+}
