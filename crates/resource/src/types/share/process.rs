@@ -1,9 +1,12 @@
-//! Processes by number and start, and who listens and has files open, by `/proc`.
+//! Processes by number and start, who has files open, and whether somebody listens.
 
+use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_reuseaddr;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, bind, socket_with};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::Path;
 
 /// A process, told from a later one with its number by its start.
@@ -52,32 +55,22 @@ pub(super) fn users_of(dir: &Path) -> Vec<Process> {
         .collect()
 }
 
-/// Does somebody listen there? By `/proc/net/tcp`: a connection would say no more, and make smbd start a process each time.
+/// Does somebody listen there? Found out by binding a socket beside it, which the kernel refuses exactly then: both have
+/// `SO_REUSEADDR`, and this one never listens. A connection would say no more, and make smbd start a process each time;
+/// `/proc/net/tcp` takes milliseconds to read.
 pub(super) fn is_listening(addr: SocketAddr) -> bool {
-    const LISTEN: &str = "0A";
-    let (file, ip) = match addr.ip() {
-        // Words in the byte order of the machine.
-        IpAddr::V4(ip) => ("tcp", format!("{:08X}", u32::from_ne_bytes(ip.octets()))),
-        IpAddr::V6(ip) => {
-            let octets = ip.octets();
-            let words =
-                octets.chunks_exact(4).filter_map(|word| word.try_into().ok()).map(u32::from_ne_bytes);
-            ("tcp6", words.map(|word| format!("{word:08X}")).collect())
-        }
-    };
-    let wanted = format!("{ip}:{:04X}", addr.port());
-    // Of the thread, whose network namespace may be another than the process's.
-    let text = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
-    text.lines().any(|line| {
-        let mut fields = line.split_whitespace().skip(1);
-        fields.next() == Some(wanted.as_str()) && fields.nth(1) == Some(LISTEN)
-    })
+    let family = if addr.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let bound = socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC, None).and_then(|socket| {
+        set_socket_reuseaddr(&socket, true)?;
+        bind(&socket, &addr)
+    });
+    bound == Err(Errno::ADDRINUSE)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     #[test]
     fn listening_is_seen_without_connecting() {
@@ -85,8 +78,12 @@ mod tests {
             let Ok(listener) = TcpListener::bind(addr) else { continue };
             let addr = listener.local_addr().unwrap();
             assert!(is_listening(addr), "{addr}");
+            // An open connection is not somebody who listens.
+            let client = TcpStream::connect(addr).unwrap();
+            let accepted = listener.accept().unwrap();
             drop(listener);
             assert!(!is_listening(addr), "{addr}");
+            drop((client, accepted));
         }
     }
 }

@@ -241,6 +241,29 @@ fn a_new_host_takes_it_over_and_a_killed_server_is_noticed() {
 }
 
 #[test]
+fn a_share_on_a_disk_needs_the_disk() {
+    let Some(node) = Node::new(1) else { return };
+    let disk = node.bed.dir().join("disk");
+    fs::create_dir_all(disk.join("a")).unwrap();
+    let mut spec = node.spec("a", &[("guest", "true")]);
+    spec.properties.extend(properties(&[("path", disk.join("a/").to_str().unwrap())]));
+    let mount = properties(&[("mount", disk.to_str().unwrap())]);
+    spec.depends_on.push(Dependency { name: "disk".into(), kind: "PhysicalDisk".into(), properties: mount });
+    let mut share = node.bed.open(&FileShare, spec);
+    let error = share.online().unwrap_err();
+    assert!(error.to_string().contains("nothing is mounted"), "{error}");
+    sh("mount", &["-t", "tmpfs", "-o", "mode=0777", "csv-test", disk.to_str().unwrap()]);
+    fs::create_dir(disk.join("a")).unwrap();
+    share.online().unwrap();
+    share.is_alive().unwrap();
+    let part = fs::read_to_string(node.bed.node().run_dir.join("fileserver/g/shares/share+20a")).unwrap();
+    assert!(part.contains("durable handles = yes"), "{part}");
+    share.offline().unwrap();
+    // Nothing keeps the disk.
+    sh("umount", &[disk.to_str().unwrap()]);
+}
+
+#[test]
 fn passwords_follow_the_group_and_a_monitor_logs_on() {
     let (Some(one), Some(two)) = (Node::new(1), Node::new(2)) else { return };
     let dir = tempfile::tempdir().unwrap();
