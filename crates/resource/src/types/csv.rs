@@ -63,7 +63,8 @@ impl ResourceType for ClusterSharedVolume {
             volume,
             tolerate: Duration::from_millis(number(&spec.properties, "tolerate_ms", 60_000)),
             fs: FS,
-            good: Instant::now(),
+            listing_limit: LISTING,
+            failing_since: None,
             listing: Bounded::default(),
             context,
         }))
@@ -77,8 +78,9 @@ struct Volume {
     point: PathBuf,
     tolerate: Duration,
     fs: &'static str,
-    /// When it was good last.
-    good: Instant,
+    listing_limit: Duration,
+    /// The first look of those that have failed without a good one since.
+    failing_since: Option<Instant>,
     listing: Bounded,
 }
 
@@ -104,20 +106,26 @@ impl Volume {
 
     /// A failure counts once it has lasted.
     fn tolerated(&mut self, look: Result<(), Failure>) -> Result<(), Failure> {
-        match look {
-            Ok(()) => {
-                self.good = Instant::now();
-                Ok(())
-            }
-            Err(error) if self.good.elapsed() >= self.tolerate => Err(error),
-            Err(_) => Ok(()),
-        }
+        let Err(error) = look else {
+            self.failing_since = None;
+            return Ok(());
+        };
+        let since = *self.failing_since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= self.tolerate { Err(error) } else { Ok(()) }
+    }
+
+    fn listed(&mut self) -> Result<(), Failure> {
+        self.mounted()?;
+        let point = self.point.clone();
+        self.listing.call(self.listing_limit, &format!("listing {}", self.point.display()), move || {
+            let said = |error: std::io::Error| format!("{} cannot be listed: {error}", point.display());
+            std::fs::read_dir(&point).map_err(said)?.next().transpose().map_err(said).map(drop)
+        })
     }
 }
 
 impl Resource for Volume {
     fn adopt(&mut self) -> Result<(), Failure> {
-        self.good = Instant::now();
         let look = self.mounted();
         self.tolerated(look)
     }
@@ -131,7 +139,7 @@ impl Resource for Volume {
             }
             pause(&self.context, LOOK)?;
         }
-        self.good = Instant::now();
+        self.failing_since = None;
         Ok(())
     }
 
@@ -144,19 +152,13 @@ impl Resource for Volume {
     }
 
     fn looks_alive(&mut self) -> Result<(), Failure> {
+        // Mounted is not yet good, since a volume that hangs is mounted too: once it fails, every look is thorough.
         let look = self.mounted();
-        // Mounted is not yet good: a volume that hangs is mounted too.
-        if look.is_ok() { Ok(()) } else { self.tolerated(look) }
+        if look.is_ok() && self.failing_since.is_none() { Ok(()) } else { self.is_alive() }
     }
 
     fn is_alive(&mut self) -> Result<(), Failure> {
-        let look = self.mounted().and_then(|()| {
-            let point = self.point.clone();
-            self.listing.call(LISTING, &format!("listing {}", self.point.display()), move || {
-                let said = |error: std::io::Error| format!("{} cannot be listed: {error}", point.display());
-                std::fs::read_dir(&point).map_err(said)?.next().transpose().map_err(said).map(drop)
-            })
-        });
+        let look = self.listed();
         self.tolerated(look)
     }
 }
@@ -175,7 +177,8 @@ mod tests {
             point,
             tolerate,
             fs: "tmpfs",
-            good: Instant::now(),
+            listing_limit: LISTING,
+            failing_since: None,
             listing: Bounded::default(),
         }
     }
@@ -225,5 +228,33 @@ mod tests {
         let mut volume = volume(&bed, Duration::ZERO);
         volume.point = "/".into();
         assert!(volume.looks_alive().unwrap_err().to_string().contains("not the volume"));
+    }
+
+    #[test]
+    fn a_volume_that_hangs_is_tolerated_for_a_time_and_lets_go_when_it_answers() {
+        use std::os::fd::AsRawFd as _;
+        let bed = Bed::new();
+        let mut volume = volume(&bed, Duration::from_secs(3600));
+        (volume.fs, volume.listing_limit) = (FS, Duration::from_millis(200));
+        // A FUSE mount that nobody serves: whoever looks into it waits.
+        let fuse = std::fs::OpenOptions::new().read(true).write(true).open("/dev/fuse").unwrap();
+        let data = format!("fd={},rootmode=40000,user_id=0,group_id=0", fuse.as_raw_fd());
+        let none = nix::mount::MsFlags::empty();
+        nix::mount::mount(Some("csvfs"), &volume.point, Some(FS), none, Some(data.as_str())).unwrap();
+        assert_eq!((volume.looks_alive(), volume.failing_since), (Ok(()), None), "mounted it is");
+        assert_eq!((volume.is_alive(), volume.looks_alive()), (Ok(()), Ok(())));
+        volume.tolerate = Duration::ZERO;
+        let error = volume.looks_alive().unwrap_err();
+        assert!(error.to_string().contains("hangs since"), "{error}");
+        sh("umount", &["--lazy", volume.point.to_str().unwrap()]);
+        // The thread that waits returns with an error now.
+        drop(fuse);
+        volume.listing_limit = LISTING;
+        assert!(volume.is_alive().unwrap_err().to_string().contains("not mounted"));
+        sh("mount", &["-t", "tmpfs", "csv-test", volume.point.to_str().unwrap()]);
+        volume.fs = "tmpfs";
+        let healed = volume.is_alive();
+        sh("umount", &[volume.point.to_str().unwrap()]);
+        assert_eq!(healed, Ok(()));
     }
 }

@@ -261,3 +261,39 @@ fn xfs_replays_its_log_and_needs_no_reservation_when_told_so() {
     assert_eq!(fs::read_to_string(point(&bed).join("file")).unwrap(), "text");
     resource.offline().unwrap();
 }
+
+#[test]
+fn a_file_system_with_errors_is_corrected_or_refused() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    let image = lun.file.path().to_str().unwrap();
+    sh("debugfs", &["-w", "-R", "set_super_value free_inodes_count 1", image]);
+    let mut resource = disk(&bed, 1, &[("check", "always")]);
+    resource.online().unwrap();
+    assert!(bed.events().iter().any(|event| event.contains("were corrected")), "{:?}", bed.events());
+    resource.offline().unwrap();
+    // A root directory that has gone is nothing for e2fsck -p.
+    sh("debugfs", &["-w", "-R", "clri <2>", image]);
+    let error = resource.online().unwrap_err();
+    assert!(error.to_string().contains("run e2fsck on it by hand"), "{error}");
+    resource.terminate().unwrap();
+    assert!(bed.saved().is_none());
+}
+
+#[test]
+fn a_file_system_that_has_gone_read_only_is_not_alive() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    let mut resource = disk(&bed, 1, &[("options", "errors=remount-ro")]);
+    resource.online().unwrap();
+    let name = lun.devices[0].rsplit('/').next().unwrap();
+    fs::write(format!("/sys/fs/ext4/{name}/trigger_fs_error"), "test").unwrap();
+    let error = resource.looks_alive().unwrap_err();
+    assert!(error.to_string().contains("read-only after an error"), "{error}");
+    resource.terminate().unwrap();
+    // Read-only because it was asked for is another matter.
+    let mut resource = disk(&bed, 1, &[("options", "ro")]);
+    resource.online().unwrap();
+    resource.is_alive().unwrap();
+    resource.offline().unwrap();
+}
