@@ -29,10 +29,10 @@ use std::time::Duration;
 
 /// Of SMB.
 const PORT: u64 = 445;
-/// How long a look into the directory may take.
-const LISTING: Duration = Duration::from_secs(10);
-/// How long a look by smbclient may take.
-const CLIENT_LIMIT: Duration = Duration::from_secs(20);
+/// How long a look into the directory, and one by smbclient, may take. A volume is paused while its coordinator changes.
+const LISTING: Duration = Duration::from_secs(30);
+/// When smbclient is given up.
+const CLIENT_LIMIT: Duration = Duration::from_secs(40);
 /// What a server that works says to somebody without a password.
 const REFUSALS: [&str; 3] =
     ["NT_STATUS_ACCESS_DENIED", "NT_STATUS_LOGON_FAILURE", "NT_STATUS_ACCOUNT_RESTRICTION"];
@@ -232,7 +232,7 @@ impl Share {
             .args(["--ip-address".to_owned(), socket.ip().to_string()])
             .args(["--port".to_owned(), socket.port().to_string()])
             .args([format!("--configfile={}", self.server.layout.conf().display())])
-            .args(["--max-protocol=SMB3", "--command=ls", "--timeout=10"]);
+            .args(["--max-protocol=SMB3", "--command=ls", "--timeout=30"]);
         program = match (monitor, text(&self.spec.properties, "monitor_password_file")) {
             (Some(user), Some(file)) => program.args(["--user", user]).env("PASSWD_FILE", file),
             _ => program.args(["--no-pass", "--user=%"]),
