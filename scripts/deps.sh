@@ -11,6 +11,8 @@ PACKAGES=(
     build-essential pkg-config libsmbclient-dev ca-certificates curl git
     # run
     samba smbclient e2fsprogs xfsprogs fuse3 iproute2 mount util-linux
+    # tests of resource types
+    bind9 bind9-dnsutils
     # lab, tests, benchmarks, virtual machine demo
     acl attr busybox-static cpio fio kmod procps psmisc qemu-system-x86 qemu-utils
 )

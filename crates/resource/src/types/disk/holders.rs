@@ -1,0 +1,55 @@
+//! Who keeps a file system busy: processes with a file, a directory, a program or a mapping on it, and mounts in it.
+
+use crate::types::mounts;
+use std::fs;
+use std::path::Path;
+
+/// Names told.
+const NAMES_MAX: usize = 8;
+
+/// Names them, for a message.
+pub(super) fn describe(point: &Path) -> String {
+    let mut found: Vec<String> = mounts::all()
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|mount| mount.point != point && mount.point.starts_with(point))
+        .map(|mount| format!("a mount at {}", mount.point.display()))
+        .collect();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let Some(pid) = name.to_str().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit())) else {
+            continue;
+        };
+        if let Some(what) = uses(&entry.path(), point) {
+            let program = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+            found.push(format!("{} (pid {pid}: {what})", program.trim()));
+        }
+    }
+    let more = found.len().saturating_sub(NAMES_MAX);
+    found.truncate(NAMES_MAX);
+    match (found.is_empty(), more) {
+        (true, _) => {
+            "nobody that /proc shows; perhaps the kernel itself (NFS server, loop device, swap)".to_owned()
+        }
+        (false, 0) => found.join(", "),
+        (false, more) => format!("{} and {more} more", found.join(", ")),
+    }
+}
+
+/// What of the file system a process uses.
+fn uses(process: &Path, point: &Path) -> Option<String> {
+    let on_it = |path: &Path| fs::read_link(path).ok().filter(|target| target.starts_with(point));
+    for (link, what) in [("cwd", "works in"), ("root", "has its root at"), ("exe", "runs")] {
+        if let Some(target) = on_it(&process.join(link)) {
+            return Some(format!("{what} {}", target.display()));
+        }
+    }
+    for entry in fs::read_dir(process.join("fd")).into_iter().flatten().flatten() {
+        if let Some(target) = on_it(&entry.path()) {
+            return Some(format!("has {} open", target.display()));
+        }
+    }
+    let maps = fs::read_to_string(process.join("maps")).ok()?;
+    let mapped = maps.lines().filter_map(|line| line.split_once('/')).map(|(_, path)| format!("/{path}"));
+    mapped.into_iter().find(|path| Path::new(path).starts_with(point)).map(|path| format!("maps {path}"))
+}
