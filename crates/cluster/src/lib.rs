@@ -7,6 +7,7 @@
 //! | [`membership`] | who is heard, from heartbeats |
 //! | [`witness`] | who may run the voter on the disk witness |
 //! | [`failover`] | which node owns which volume |
+//! | [`groups`] | which node has which group of resources |
 //!
 //! The drivers are csvd (wall clock, network, LUNs) and the simulation. All safety against late, doubled and reordered
 //! commands lies in [`db::ClusterDb::apply`]; `membership` and `failover` only propose.

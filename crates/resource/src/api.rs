@@ -7,11 +7,11 @@
 //!
 //! **What outlives the host.** A resource host can be killed at any moment (a neighbour hung, csvd was updated). What it
 //! manages must go on: programs are started in a session of their own, and whatever is needed to find them again
-//! (process number with start time, socket, address) is kept with [`Context::save`]. A new host opens the resource with
-//! [`Context::saved`] and calls `adopt`, which must answer whether everything is there as it was, and must start nothing.
+//! (process number with start time, socket, address) is kept with `Context::save`. A new host opens the resource with
+//! `Context::saved` and calls `adopt`, which must answer whether everything is there as it was, and must start nothing.
 //!
-//! **Entry points** return when what they do is done. One that takes long calls [`Context::progress`] now and then, and
-//! looks at [`Context::cancelled`], which becomes true when nobody waits for it any more: then it gives up and returns.
+//! **Entry points** return when what they do is done. One that takes long calls `Context::progress` now and then, and
+//! looks at `Context::cancelled`, which becomes true when nobody waits for it any more: then it gives up and returns.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;

@@ -175,7 +175,7 @@ impl Engine {
         let report = NodeReport {
             incarnation: self.incarnation.get(),
             volumes: volumes.iter().map(|agent| (agent.volume.name.clone(), agent.report())).collect(),
-            load: 0,
+            ..NodeReport::default()
         };
         *self.own_report.lock() = report;
         self.planning.notify_one();
@@ -212,6 +212,7 @@ mod tests {
             state,
             admin: AdminState::Active,
             leaving: false,
+            stopped: false,
             incarnation,
             failures: Vec::new(),
             quarantined_until_unix_ms: None,

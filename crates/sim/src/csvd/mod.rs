@@ -217,7 +217,8 @@ impl Csvd {
 
     fn own_report(&self, machine: &Machine) -> NodeReport {
         let volumes = self.agents.iter().map(|agent| (volume_name(agent.volume), agent.report.clone()));
-        NodeReport { incarnation: machine.incarnation.unwrap_or(0), volumes: volumes.collect(), load: 0 }
+        let incarnation = machine.incarnation.unwrap_or(0);
+        NodeReport { incarnation, volumes: volumes.collect(), ..NodeReport::default() }
     }
 
     fn beat(&mut self, ctx: &mut Ctx<'_>, machine: &Machine) {

@@ -1,6 +1,6 @@
 //! `PhysicalDisk`: a disk that one node at a time has mounted.
 //!
-//! Safety is the reservation's ([`reserve`]): online takes the disk by PREEMPT AND ABORT before anything is read to be
+//! Safety is the reservation's (`reserve`): online takes the disk by PREEMPT AND ABORT before anything is read to be
 //! changed, so whatever a former owner still has mounted cannot write any more. A thread keeps looking at the reservation and tells
 //! at once when it is lost. After `terminate` nothing of this node writes: the file system is shut down where it cannot be
 //! unmounted, and the registration is given up, which the next owner's reservation turns into a wall.

@@ -1,7 +1,7 @@
 //! `NetworkName`: a name in the DNS that follows its group's addresses.
 //!
 //! Online registers the name at the server in one update (RFC 2136) that the server makes only if the name is free or
-//! this cluster's; see [`records`]. It is registered again every `reregister_hours`, and whenever a thorough look finds that
+//! this cluster's; see `records`. It is registered again every `reregister_hours`, and whenever a thorough look finds that
 //! the server says something else. Offline leaves it, because clients look it up while the group fails over;
 //! `remove_on_offline` is for names that are given up.
 //!

@@ -1,6 +1,6 @@
 //! `FileShare`: a Samba share for clients outside the cluster.
 //!
-//! All shares of a group are served by one smbd ([`server`]) on the addresses of the IPAddress resources that they depend on,
+//! All shares of a group are served by one smbd (`server`) on the addresses of the IPAddress resources that they depend on,
 //! under the name of their NetworkName. What a share is stands in its properties, so in the cluster database. Passwords are
 //! Samba's own (`passdb.tdb`): the group names `<state_dir>/fileserver/<group>/private/passdb.tdb` and `secrets.tdb`, which holds
 //! the server's identity, as checkpoints, or the property `passdb_dir` keeps both on the group's disk. Users of Samba are

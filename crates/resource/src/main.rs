@@ -1,3 +1,0 @@
-//! A resource host.
-
-fn main() {}
