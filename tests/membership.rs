@@ -189,7 +189,7 @@ fn bad_requests(lab: &Lab) -> anyhow::Result<()> {
         name: "n3".into(),
         addr: addr.trim().parse().with_context(|| format!("address of n3: {addr}"))?,
         csr_pem: NodeIdentity::create()?.csr_pem,
-        feature_level: 1,
+        feature_level: csv_cluster::db::FEATURE_LEVEL,
         software_version: "0.0.1".into(),
         now_unix_ms: now_unix_ms()?,
         rejoin: false,
