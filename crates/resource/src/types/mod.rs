@@ -10,3 +10,4 @@ mod settings;
 pub mod share;
 #[cfg(test)]
 mod testbed;
+pub mod vm;
