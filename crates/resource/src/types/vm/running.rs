@@ -59,9 +59,18 @@ impl Running {
     ) -> Result<Value, Failure> {
         self.monitor.call(command, arguments, limit).map_err(|error| match error {
             QmpError::Refused(_) => Failure::new(format!("QEMU refused \"{command}\": {error}")),
-            QmpError::Closed => Failure::Failed(self.watch.end().unwrap_or_else(|| error.to_string())),
+            QmpError::Closed => Failure::Failed(self.ending().unwrap_or_else(|| error.to_string())),
             QmpError::Late { .. } => Failure::new(error),
         })
+    }
+
+    /// How QEMU ended, after it has closed its monitor, which it does just before.
+    fn ending(&self) -> Option<String> {
+        let deadline = Instant::now() + QUIT_LIMIT;
+        while self.watch.end().is_none() && Instant::now() < deadline {
+            self.watch.wait(QUIT_LIMIT);
+        }
+        self.watch.end()
     }
 
     /// The state of the guest, as QEMU names it.
