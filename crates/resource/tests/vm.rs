@@ -2,11 +2,13 @@
 //!
 //! Skipped, with a line that says so, where QEMU or the guests' kernel package cannot be had.
 
+#![expect(clippy::unwrap_used, reason = "tests")]
+
 #[path = "vm/rig.rs"]
 mod rig;
 
 use csv_resource::api::{Failure, Resource};
-use rig::{Lab, PATIENCE, counts_on_disk, guest, kill, open, pid, run, status, verb};
+use rig::{Console, Lab, PATIENCE, counts_on_disk, guest, kill, open, pid, run, status, verb};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
@@ -179,8 +181,8 @@ fn what_cannot_be_started_says_why() {
     let missing = lab.path("none.img");
     let as_raw = format!("{qcow2},format=raw");
     let as_qcow2 = format!("{image},format=qcow2");
-    type Kind<'a> = &'a dyn Fn(&Failure) -> bool;
-    let cases: [(&[(&str, &str)], Kind, &str); 7] = [
+    type Case<'a> = (&'a [(&'a str, &'a str)], &'a dyn Fn(&Failure) -> bool, &'a str);
+    let cases: [Case; 7] = [
         (&[("disk", missing.to_str().unwrap())], &not_here, "none.img"),
         (&[("disk", &as_raw)], &config, "qcow2"),
         (&[("disk", &as_qcow2)], &config, "not in the format qcow2"),
@@ -308,6 +310,11 @@ fn await_guest(source: &mut dyn Resource, target: &mut dyn Resource) -> Value {
     verb(target, "incoming", &waiting)["uri"].clone()
 }
 
+fn stays(source: &mut dyn Resource, console: &Console) {
+    assert_eq!((source.is_alive(), status(source).as_str()), (Ok(()), "running"));
+    console.counts_on(2);
+}
+
 #[test]
 fn a_guest_moves_while_it_counts() {
     if guest().is_none() {
@@ -327,8 +334,8 @@ fn a_guest_moves_while_it_counts() {
         let uri = await_guest(&mut **source, &mut **target);
         assert!(target.looks_alive().is_ok() && target.is_alive().is_err(), "it waits only");
         let sent = verb(&mut **source, "migrate", &json!({ "uri": uri, "tls_hostname": names[to] }));
-        let handover = Instant::now();
         assert_eq!(status(&mut **source), "postmigrate");
+        let handover = Instant::now();
         assert_eq!(verb(&mut **target, "arrived", &none())["status"], "running");
         let handover = handover.elapsed();
         verb(&mut **source, "migrated", &none());
@@ -341,6 +348,7 @@ fn a_guest_moves_while_it_counts() {
             sent["transferred_bytes"].as_u64().unwrap() >> 10,
             sent["rounds"],
         );
+        assert!(sent["total_time_ms"].as_u64().unwrap() > 0);
         console.counts_on(2);
     }
     vms[0].offline().unwrap();
@@ -359,22 +367,17 @@ fn a_migration_that_fails_leaves_the_guest_where_it_was() {
         return;
     }
     let (lab, name) = (Lab::new(), "stayer");
-    let (properties, raw, _) = machine(&lab, name, "41020-41039");
+    let (properties, _, _) = machine(&lab, name, "41020-41039");
     let (n1, n2) = (lab.node("n1"), lab.node("n2"));
     let (mut source, mut target) = (open(&n1, name, &properties), open(&n2, name, &properties));
     let console = lab.console(name);
     source.online().unwrap();
     console.counts_on(2);
-    let stays = |source: &mut dyn Resource| {
-        assert_eq!((source.is_alive(), status(source).as_str()), (Ok(()), "running"));
-        console.counts_on(2);
-    };
-
     // The other end is not who it should be.
     let uri = await_guest(&mut *source, &mut *target);
     let error = source.control("migrate", &json!({ "uri": uri, "tls_hostname": "n9" })).unwrap_err();
     assert!(error.to_string().contains("n9"), "{error}");
-    stays(&mut *source);
+    stays(&mut *source, &console);
 
     // Its QEMU dies in the middle.
     let uri = await_guest(&mut *source, &mut *target);
@@ -388,7 +391,7 @@ fn a_migration_that_fails_leaves_the_guest_where_it_was() {
         source.control("migrate", &slowly(&uri)).unwrap_err()
     });
     assert!(error.to_string().contains("migrating failed"), "{error}");
-    stays(&mut *source);
+    stays(&mut *source, &console);
     assert!(target.control("arrived", &none()).is_err());
 
     // Nobody waits for it any more.
@@ -403,8 +406,23 @@ fn a_migration_that_fails_leaves_the_guest_where_it_was() {
     });
     assert_eq!(error, Failure::Cancelled);
     n1.cancel(false);
-    stays(&mut *source);
+    stays(&mut *source, &console);
     verb(&mut *target, "cancel-incoming", &none());
+    console.check(1);
+}
+
+#[test]
+fn whoever_dies_in_a_migration_the_guest_goes_on() {
+    if guest().is_none() {
+        return;
+    }
+    let (lab, name) = (Lab::new(), "survivor");
+    let (properties, raw, _) = machine(&lab, name, "41060-41079");
+    let (n1, n2) = (lab.node("n1"), lab.node("n2"));
+    let (mut source, mut target) = (open(&n1, name, &properties), open(&n2, name, &properties));
+    let console = lab.console(name);
+    source.online().unwrap();
+    console.counts_on(2);
 
     // It has everything, and dies before it is told to go on.
     let uri = await_guest(&mut *source, &mut *target);
@@ -412,8 +430,32 @@ fn a_migration_that_fails_leaves_the_guest_where_it_was() {
     kill(pid(&mut *target));
     assert!(target.control("arrived", &none()).is_err());
     verb(&mut *source, "resume", &none());
-    stays(&mut *source);
+    stays(&mut *source, &console);
     console.check(1);
+
+    // The source's resource host dies while QEMU sends.
+    let hardware = verb(&mut *source, "status", &none())["hardware"].clone();
+    let waiting = json!({ "listen": "127.0.0.1", "hardware": hardware, "tls": false });
+    let uri = verb(&mut *target, "incoming", &waiting)["uri"].clone();
+    verb(
+        &mut *source,
+        "qmp",
+        &json!({ "execute": "migrate-set-parameters", "arguments": { "tls-creds": "" } }),
+    );
+    verb(&mut *source, "qmp", &json!({ "execute": "migrate", "arguments": { "uri": uri } }));
+    drop(source);
+    let mut source = open(&n1, name, &properties);
+    source.adopt().unwrap();
+    let began = Instant::now();
+    while status(&mut *source) != "postmigrate" {
+        assert!(began.elapsed() < PATIENCE, "{}", status(&mut *source));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(source.is_alive(), Ok(()), "it may go on at the other end at any moment");
+    assert_eq!(verb(&mut *source, "status", &none())["phase"], "migrated");
+    verb(&mut *target, "cancel-incoming", &none());
+    source.online().unwrap();
+    stays(&mut *source, &console);
 
     // The source dies between sending and the word to go on: nothing is lost.
     let uri = await_guest(&mut *source, &mut *target);
@@ -444,6 +486,80 @@ fn a_migration_that_fails_leaves_the_guest_where_it_was() {
     assert!(counts.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{counts:?}");
     let told = console.counts();
     assert!(told.iter().all(|count| counts.contains(count)), "what was durable is lost");
+}
+
+#[test]
+fn every_device_starts_and_moves() {
+    if guest().is_none() {
+        return;
+    }
+    let lab = Lab::new();
+    let bridge = Bridge::make();
+    for machine in ["q35", "pc"] {
+        let (image, qcow2) = (lab.image("a.img"), lab.qcow2("b.qcow2"));
+        let readonly = lab.image("c, with comma.img");
+        let readonly = format!("{},readonly=on,bus=sata", readonly.to_str().unwrap().replace(',', ",,"));
+        let scsi = format!("{},bus=scsi", qcow2.to_str().unwrap());
+        let screen = lab.path("screen");
+        let vnc = format!("unix:{}", screen.display());
+        let mut more = vec![
+            ("machine", machine),
+            ("disk", image.to_str().unwrap()),
+            ("disk1", scsi.as_str()),
+            ("disk2", readonly.as_str()),
+            ("serial", "socket"),
+            ("vnc", vnc.as_str()),
+            ("guest_agent", "true"),
+            ("cpus", "2"),
+            ("nic", "user"),
+            ("migration_ports", "41040-41059"),
+        ];
+        let card = bridge.as_ref().map(|bridge| format!("tap,bridge={}", bridge.0));
+        more.extend(card.as_ref().map(|card| ("nic1", card.as_str())));
+        let properties = lab.properties(machine, "idle", &more);
+        let (n1, n2) = (lab.node("n1"), lab.node("n2"));
+        let (mut source, mut target) = (open(&n1, machine, &properties), open(&n2, machine, &properties));
+        source.online().unwrap();
+        assert_eq!(source.is_alive(), Ok(()));
+        assert_eq!(bridge.as_ref().map_or(1, Bridge::ports), 1, "its card is on the bridge");
+        let picture = lab.path("picture.ppm");
+        verb(&mut *source, "screendump", &json!({ "path": picture }));
+        assert!(picture.exists());
+        let uri = await_guest(&mut *source, &mut *target);
+        verb(&mut *source, "migrate", &json!({ "uri": uri, "tls_hostname": "n2" }));
+        verb(&mut *target, "arrived", &none());
+        verb(&mut *source, "migrated", &none());
+        assert_eq!(target.is_alive(), Ok(()));
+        assert_eq!(bridge.as_ref().map_or(1, Bridge::ports), 1, "and vanishes with its QEMU");
+        target.terminate().unwrap();
+    }
+}
+
+/// A bridge of this test, where one can be made.
+struct Bridge(String);
+
+impl Bridge {
+    fn make() -> Option<Bridge> {
+        let bridge = Bridge(format!("csvt{}", std::process::id()));
+        let made =
+            std::process::Command::new("ip").args(["link", "add", &bridge.0, "type", "bridge"]).output();
+        if made.is_ok_and(|output| output.status.success()) {
+            return Some(bridge);
+        }
+        println!("without a bridge: it needs root, iproute2, and the kernel's bridges");
+        std::mem::forget(bridge);
+        None
+    }
+
+    fn ports(&self) -> usize {
+        std::fs::read_dir(format!("/sys/class/net/{}/brif", self.0)).unwrap().count()
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        run("ip", &["link", "del", &self.0]);
+    }
 }
 
 /// Unmounted also by a test that fails.

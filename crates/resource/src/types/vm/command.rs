@@ -200,7 +200,9 @@ impl Args<'_> {
                         self.add(["-device", &format!("ich9-ahci,id=ahci{controller}")]);
                     }
                     sata += 1;
-                    format!("ide-hd,bus=ahci{controller}.{port},{common}")
+                    // ATA has no read-only disks.
+                    let kind = if disk.readonly { "ide-cd" } else { "ide-hd" };
+                    format!("{kind},bus=ahci{controller}.{port},{common}")
                 }
             };
             self.add(["-device", &device]);

@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// For QEMU to open its images and its monitor.
 const START_LIMIT: Duration = Duration::from_secs(90);
+/// For a QEMU that gives up its start to be gone.
+const END_LIMIT: Duration = Duration::from_secs(1);
 /// For a monitor that an earlier host had, to be free.
 const ADOPT_LIMIT: Duration = Duration::from_secs(30);
 /// How often a guest that does not shut down is asked again: some miss the power button while they boot.
@@ -128,7 +130,8 @@ impl Machine {
         self.context.save(serde_json::to_value(saved).ok());
         let connected = self.connect(&process, START_LIMIT);
         let (monitor, watch) = connected.map_err(|error| {
-            let ended = process.has_ended();
+            // It closes its monitor just before it ends.
+            let ended = process.wait(END_LIMIT);
             let how = if ended { process.outcome() } else { error };
             match process.kill() {
                 Ok(()) => {
@@ -203,7 +206,14 @@ impl Machine {
     /// The guest runs on from what is here already, if anything is; has it been so?
     fn take_what_is_here(&mut self) -> Result<bool, Failure> {
         let Some(running) = &self.running else { return Ok(false) };
+        let not_arrived = || {
+            let text = "a migration to this node did not arrive; the machine is started from its disks";
+            self.context.event(EventLevel::Warning, text);
+        };
         if running.process.has_ended() {
+            if running.phase == Phase::Incoming {
+                not_arrived();
+            }
             self.forget();
             return Ok(false);
         }
@@ -214,10 +224,7 @@ impl Machine {
                 self.go()?;
                 return Ok(true);
             }
-            (Phase::Incoming, _) => {
-                let text = "a migration to this node did not arrive; the machine is started from its disks";
-                self.context.event(EventLevel::Warning, text);
-            }
+            (Phase::Incoming, _) => not_arrived(),
             (Phase::Migrated, Ok("postmigrate" | "paused")) => {
                 self.context.event(EventLevel::Info, "the guest that was sent away is taken back");
                 self.go()?;
@@ -279,6 +286,10 @@ impl Machine {
 
     /// Judges a guest by QEMU's word for its state.
     fn judge(&mut self, status: &str) -> Result<(), Failure> {
+        if status == "postmigrate" && self.running()?.phase == Phase::Running {
+            // A host died while it sent the guest; QEMU has sent it to its end.
+            self.enter(Phase::Migrated);
+        }
         let running = self.running.as_ref().ok_or_else(|| Failure::new("QEMU is gone"))?;
         match (running.phase, status) {
             (_, "internal-error") => {

@@ -13,6 +13,8 @@ const TELL: Duration = Duration::from_secs(1);
 const STALLED: Duration = Duration::from_secs(60);
 /// For a transfer that is given up to be over.
 const CANCEL_LIMIT: Duration = Duration::from_secs(30);
+/// For QEMU to have counted.
+const COUNT_LIMIT: Duration = Duration::from_secs(2);
 /// QEMU's default would hold a fast network back; it wants some number.
 const BANDWIDTH_UNLIMITED: u64 = 1 << 40;
 
@@ -86,7 +88,7 @@ fn follow(running: &Running, context: &Context, transfer: &Transfer) -> Result<V
         running.watch.wait_migration(LOOK);
         let account = running.ask("query-migrate", json!({}))?;
         match account["status"].as_str().unwrap_or("none") {
-            "completed" => return Ok(account),
+            "completed" => return whole_account(running, account),
             "failed" | "cancelled" => {
                 let why = account["error-desc"].as_str().unwrap_or("QEMU gives no reason");
                 return Err(Failure::new(format!("{} failed: {why}", transfer.doing)));
@@ -122,6 +124,16 @@ fn follow(running: &Running, context: &Context, transfer: &Transfer) -> Result<V
         cancel(running);
         return Err(why);
     }
+}
+
+/// QEMU says that it is complete a moment before it has counted, and before the guest's state is what it will be.
+fn whole_account(running: &Running, mut account: Value) -> Result<Value, Failure> {
+    let deadline = Instant::now() + COUNT_LIMIT;
+    while account["total-time"].as_u64().unwrap_or(0) == 0 && Instant::now() < deadline {
+        running.watch.wait(Duration::from_millis(5));
+        account = running.ask("query-migrate", json!({}))?;
+    }
+    Ok(account)
 }
 
 fn cancel(running: &Running) {
