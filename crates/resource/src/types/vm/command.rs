@@ -141,7 +141,11 @@ impl Args<'_> {
                 machine.push_str(&format!(",{node}={node}"));
                 let blockdev = json!({
                     "driver": "raw", "node-name": node, "read-only": readonly,
-                    "file": { "driver": "file", "filename": path, "read-only": readonly },
+                    "cache": { "direct": !readonly, "no-flush": false },
+                    "file": {
+                        "driver": "file", "filename": path, "read-only": readonly, "locking": "on",
+                        "cache": { "direct": !readonly, "no-flush": false },
+                    },
                 });
                 self.add(["-blockdev", &blockdev.to_string()]);
             }
