@@ -6,8 +6,10 @@ pub mod disk;
 mod fault;
 pub mod ip;
 mod launch;
+mod library;
 mod mounts;
 pub mod name;
+mod ocf;
 mod run;
 mod script;
 mod service;
@@ -47,9 +49,14 @@ pub fn builtin() -> Vec<Box<dyn ResourceType>> {
 /// # Errors
 /// There is no such type on this node, in words that say which there are.
 pub fn find(kind: &str, library: Option<&Path>) -> Result<Box<dyn ResourceType>, String> {
-    let _ = library;
+    if let Some(path) = library {
+        return library::load(kind, path);
+    }
     if let Some(unit) = kind.strip_prefix("systemd:") {
         return Ok(Box::new(service::GenericService::of_unit(unit)?));
+    }
+    if let Some(agent) = kind.strip_prefix("ocf:") {
+        return Ok(Box::new(ocf::OcfAgent::find(agent)?));
     }
     let mut names = Vec::new();
     for known in builtin() {

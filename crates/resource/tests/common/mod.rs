@@ -33,7 +33,9 @@ impl Node {
         let set: String =
             variables.iter().map(|(name, value)| format!("export {name}='{value}'\n")).collect();
         let program = env!("CARGO_BIN_EXE_csv-rhs");
-        let text = format!("#!/bin/sh\nexport CSV_RHS_TEST_TYPES=1 RUST_BACKTRACE=0 CSV_LOG=${{CSV_LOG:-off}}\n{set}exec '{program}' \"$@\"\n");
+        let text = format!(
+            "#!/bin/sh\nexport CSV_RHS_TEST_TYPES=1 RUST_BACKTRACE=0 CSV_LOG=${{CSV_LOG:-off}}\n{set}exec '{program}' \"$@\"\n"
+        );
         self.script("csv-rhs", &text);
     }
 
