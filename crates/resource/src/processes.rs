@@ -53,13 +53,15 @@ impl Identity {
         self.is_there().then_some(pidfd)
     }
 
-    /// A signal for its process group, which it leads. Nothing happens when it is gone.
+    /// A signal for its process group, which it leads; for itself when it has only just been started, and does not lead one
+    /// yet. Nothing happens when it is gone.
     pub(crate) fn signal_group(self, signal: Signal) {
-        if self.is_there()
-            && let Some(pid) = Pid::from_raw(self.pid)
+        let Some(pidfd) = self.hold() else { return };
+        if let Some(pid) = Pid::from_raw(self.pid)
+            && kill_process_group(pid, signal).is_err()
         {
             // It may end at this moment, which is as good.
-            let _ = kill_process_group(pid, signal);
+            let _ = pidfd_send_signal(&pidfd, signal);
         }
     }
 }

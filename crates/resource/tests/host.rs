@@ -1,5 +1,13 @@
 //! The resource host: states, the lease, lost connections, hangs, crashes, and its successor.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    unreachable_pub,
+    missing_debug_implementations,
+    reason = "tests"
+)]
+
 mod common;
 
 use common::{LEASE_MS, LONG, Node, Rhs, spec, until};

@@ -29,9 +29,10 @@ use crate::api::NodeInfo;
 use crate::protocol::{RESOURCES_MAX, Snapshot, Stuck};
 use anyhow::Context;
 use lease::Lease;
-use nix::sys::signal::{SigSet, Signal};
 use outbox::Outbox;
 use parking_lot::Mutex;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsFd;
@@ -71,12 +72,12 @@ pub fn run(name: &str) -> anyhow::Result<()> {
     // Programs of resources must not get hold of the socket.
     rustix::stdio::dup2_stdin(&null).context("standard input")?;
 
-    let ends = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    ends.thread_block().context("signals")?;
+    // By a handler and not by a mask, which programs of resources would inherit: none of them would end by SIGTERM.
+    let mut ends = Signals::new([SIGTERM, SIGINT]).context("signals")?;
     let shared = Arc::new(Shared::default());
     spawn("signals", &shared, move |shared| {
-        // Cannot fail with a valid set; if it did, the host would end, and what is online would go on.
-        let _ = ends.wait();
+        // Waits until one is there. If it ended without, the host would end, and what is online would go on.
+        ends.forever().next();
         shared.end()
     })?;
     spawn("writer", &shared, |shared| shared.outbox.write_forever())?;
