@@ -138,7 +138,7 @@ impl Host {
         let pidfd = Arc::new(pidfd.map_err(|e| failed("pidfd_open".to_owned(), e.into()))?);
         let host = reaped
             .map_err(|e| failed("starting a thread".to_owned(), e))
-            .and_then(|_| UnixStream::connect(&path).map_err(|e| failed("connecting".to_owned(), e)))
+            .and_then(|_| UnixStream::connect(&path).map_err(|e| no_welcome(host_name, &e)))
             .and_then(|stream| Host::greet(host_name, stream, Some(Arc::clone(&pidfd)), node, on_event));
         if host.is_err() {
             // It may have ended by itself.
@@ -289,6 +289,11 @@ impl Drop for Host {
 #[must_use]
 pub fn socket_path(run_dir: &Path, host_name: &str) -> PathBuf {
     run_dir.join("rhs").join(format!("{host_name}.sock"))
+}
+
+/// One that ended at once refuses the connection or breaks it, as it happens.
+fn no_welcome(name: &str, why: &dyn fmt::Display) -> ClientError {
+    ClientError::NoWelcome { name: name.to_owned(), why: why.to_string() }
 }
 
 fn failed(what: String, source: io::Error) -> ClientError {

@@ -403,7 +403,8 @@ fn a_host_is_there_once_and_leaves_no_zombie() {
 fn a_program_that_is_no_host_is_an_error_in_time() {
     let node = Node::new();
     node.script("csv-rhs", "#!/bin/sh\nexit 3\n");
-    assert!(matches!(node.try_start("x"), Err(ClientError::NoWelcome { .. })));
+    let error = node.try_start("x").err().unwrap();
+    assert!(matches!(error, ClientError::NoWelcome { .. }), "{error}");
     assert!(Host::list(&node.run_dir()).is_empty());
 }
 
@@ -425,10 +426,7 @@ fn two_hundred_resources_cost_little() {
         assert_eq!(rhs.lease(LEASE_MS), []);
     }
     let ticks = cpu_ticks(rhs.host.pid()) - before;
-    println!(
-        "200 resources, default polls, {seconds} s: {ticks} ms·10 of CPU, {} % of a core",
-        ticks as f64 / seconds as f64
-    );
+    println!("200 resources, default polls, {seconds} s: {ticks}0 ms of CPU");
     assert!(!rhs.has_said(|said| matches!(said, FromHost::Failed { .. })));
     assert!(ticks < seconds * 50, "half a core for polls: {ticks} ticks in {seconds} s");
 }
