@@ -12,7 +12,7 @@ PACKAGES=(
     # run
     samba smbclient e2fsprogs xfsprogs fuse3 iproute2 mount util-linux
     # tests of resource types
-    bind9 bind9-dnsutils
+    bind9 bind9-dnsutils resource-agents
     # lab, tests, benchmarks, virtual machine demo
     acl attr busybox-static cpio fio kmod procps psmisc qemu-system-x86 qemu-utils
 )

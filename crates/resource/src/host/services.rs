@@ -1,0 +1,117 @@
+//! What the host offers to its resources ([`Services`]), and where it keeps what they save.
+
+use super::Shared;
+use super::worker::Worker;
+use crate::api::{EventLevel, NodeInfo, Services};
+use crate::protocol::FromHost;
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
+use std::{fmt, fs, io};
+
+/// For one resource.
+pub(crate) struct Offered {
+    pub(crate) node: Arc<NodeInfo>,
+    pub(crate) shared: Arc<Shared>,
+    /// A resource's own thread may outlive its being open.
+    pub(crate) worker: Weak<Worker>,
+    pub(crate) name: String,
+}
+
+impl fmt::Debug for Offered {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Offered").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Services for Offered {
+    fn node(&self) -> &NodeInfo {
+        &self.node
+    }
+
+    fn progress(&self, text: &str) {
+        if let Some(worker) = self.worker.upgrade() {
+            worker.progress(text, &self.shared);
+        }
+    }
+
+    fn cancelled(&self) -> bool {
+        self.worker.upgrade().is_none_or(|worker| worker.cancelled())
+    }
+
+    fn report(&self, alive: Result<(), String>) {
+        if let Some(worker) = self.worker.upgrade() {
+            worker.report(alive, &self.shared);
+        }
+    }
+
+    fn event(&self, level: EventLevel, text: &str) {
+        tracing::info!(resource = self.name, ?level, "{text}");
+        self.shared.outbox.tell(FromHost::Event { name: self.name.clone(), level, text: text.to_owned() });
+    }
+
+    fn save(&self, state: Option<Value>) {
+        if let Err(e) = write_state(&self.state_file(), state) {
+            let text = format!("what a next resource host must know could not be kept: {e}");
+            self.event(EventLevel::Error, &text);
+        }
+    }
+
+    fn saved(&self) -> Option<Value> {
+        let bytes = fs::read(self.state_file()).ok()?;
+        let damaged = |e: &serde_json::Error| {
+            let text = format!("what an earlier resource host kept is damaged: {e}");
+            self.event(EventLevel::Error, &text);
+        };
+        serde_json::from_slice(&bytes).inspect_err(damaged).ok()
+    }
+}
+
+impl Offered {
+    fn state_file(&self) -> PathBuf {
+        self.node.run_dir.join("rhs/state").join(format!("{}.json", file_name(&self.name)))
+    }
+}
+
+/// By rename, so that it is there as a whole or not at all. Not synced: it is worth nothing after a boot.
+fn write_state(path: &Path, state: Option<Value>) -> io::Result<()> {
+    let Some(state) = state else {
+        return match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        };
+    };
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    let fresh = path.with_extension("json.new");
+    fs::write(&fresh, serde_json::to_vec(&state)?)?;
+    fs::rename(&fresh, path)
+}
+
+/// A file name for a resource's name, which may contain anything.
+pub(crate) fn file_name(name: &str) -> String {
+    let mut text = String::with_capacity(name.len());
+    for (at, byte) in name.bytes().enumerate() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b' ') || (byte == b'.' && at > 0) {
+            text.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "%{byte:02X}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::file_name;
+
+    #[test]
+    fn names_become_file_names() {
+        assert_eq!(file_name("web 1.a"), "web 1.a");
+        assert_eq!(file_name("../x"), "%2E.%2Fx");
+        assert_eq!(file_name("ä"), "%C3%A4");
+    }
+}
