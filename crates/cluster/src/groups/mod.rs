@@ -2,3 +2,4 @@
 //! what depends on what ([`expr`]). All of it pure: time comes in as a value, what is to be done goes out as one.
 
 pub mod expr;
+pub mod local;
