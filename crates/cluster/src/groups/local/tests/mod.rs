@@ -1,1 +1,6 @@
+//! Each rule by itself, and all of them against a model of the hosts.
 
+mod any;
+mod faults;
+mod rules;
+mod world;
