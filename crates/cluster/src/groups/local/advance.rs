@@ -182,8 +182,20 @@ impl LocalGroup {
         }
     }
 
-    /// Its host is gone. See [`super::Input::HostGone`].
-    pub(super) fn host_gone(&mut self, name: &str, why: &str, culprit: bool, out: &mut Vec<Effect>) {
+    /// A host is gone. See [`super::Input::HostGone`].
+    pub(super) fn host_gone(
+        &mut self,
+        names: &[String],
+        why: &str,
+        culprit: Option<&str>,
+        out: &mut Vec<Effect>,
+    ) {
+        for name in names {
+            self.lost_host(name, why, culprit == Some(name.as_str()), out);
+        }
+    }
+
+    fn lost_host(&mut self, name: &str, why: &str, culprit: bool, out: &mut Vec<Effect>) {
         let now_ms = self.now.now_ms;
         let maintenance = self.maintenance();
         let Some(unit) = self.units.get_mut(name) else { return };
@@ -195,7 +207,7 @@ impl LocalGroup {
         match call.map(|call| call.doing) {
             // Nothing speaks for anything of it being here, but that it ends hosts: as if it could not be opened.
             Some(Doing::Adopt) if culprit && unit.presence == (Presence::Asked { expected: false }) => {
-                unit.presence = Presence::Gone;
+                unit.set_gone();
             }
             Some(Doing::Adopt) => unit.opening = Some(back_off(unit.opening.take(), why.into(), now_ms)),
             Some(Doing::Terminate) => unit.ending = Some(back_off(unit.ending.take(), why.into(), now_ms)),

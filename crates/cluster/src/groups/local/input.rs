@@ -20,17 +20,19 @@ impl LocalGroup {
                     self.fail(&resource, Failure::passing(why), out);
                 }
             }
-            Input::HostGone { resource, why, culprit } => self.host_gone(&resource, &why, culprit, out),
-            Input::Hung { resource, why } => {
+            Input::HostGone { resources, why, culprit } => {
+                self.host_gone(&resources, &why, culprit.as_deref(), out);
+            }
+            Input::Hung { resource, mut resources, why } => {
                 if self.units.contains_key(&resource) {
                     let text = format!("resource {resource} hangs, and its host is ended: {why}");
-                    out.push(Effect::Event {
-                        kind: EventKind::ResourceHung,
-                        resource: resource.clone(),
-                        text,
-                    });
-                    self.host_gone(&resource, &format!("it hangs: {why}"), true, out);
+                    let (kind, resource) = (EventKind::ResourceHung, resource.clone());
+                    out.push(Effect::Event { kind, resource, text });
                 }
+                if !resources.contains(&resource) {
+                    resources.push(resource.clone());
+                }
+                self.host_gone(&resources, &format!("it hangs: {why}"), Some(&resource), out);
             }
             Input::Release => self.leave(Mode::Release),
             Input::Stop(reason) => self.leave(Mode::Stop(reason)),
@@ -176,11 +178,7 @@ impl LocalGroup {
                 unit.because.clear();
             }
             (Doing::Online, Some(failure)) => self.fail(name, failure, out),
-            (Doing::Offline | Doing::Terminate, None) => {
-                unit.presence = Presence::Gone;
-                unit.initial = false;
-                unit.ending = None;
-            }
+            (Doing::Offline | Doing::Terminate, None) => unit.set_gone(),
             (Doing::Offline, Some(_)) => unit.presence = Presence::Dirty,
             (Doing::Terminate, Some(failure)) => {
                 unit.ending = Some(back_off(unit.ending.take(), failure.why, now_ms));
@@ -196,8 +194,7 @@ impl LocalGroup {
         let Some(unit) = self.units.get_mut(name) else { return };
         if unit.presence == (Presence::Asked { expected: false }) {
             // Nor was it, under this ownership.
-            unit.presence = Presence::Gone;
-            unit.initial = false;
+            unit.set_gone();
             self.fail(name, failure, out);
         } else {
             unit.opening = Some(back_off(unit.opening.take(), failure.why, now_ms));

@@ -122,20 +122,23 @@ pub enum Input {
         /// Why.
         why: String,
     },
-    /// A resource's host ended. What the resource manages may still be there.
+    /// A host ended. What its resources manage may still be there. All of them that are of this group, in one word: what is told to
+    /// one of them must not be told to a host that is gone.
     HostGone {
-        /// Resource.
-        resource: String,
+        /// Its resources.
+        resources: Vec<String>,
         /// Why.
         why: String,
-        /// The host ended because of this resource: counts as its failure, and it gets a host of its own from now on.
-        culprit: bool,
+        /// The host ended because of this one: counts as its failure, and it gets a host of its own from now on.
+        culprit: Option<String>,
     },
-    /// A resource is stuck in an entry point, and its host is or will be killed: as `HostGone` with `culprit`, and an event. The
-    /// others of that host get their `HostGone`.
+    /// A resource is stuck in an entry point, and its host is or will be killed: as `HostGone` with a `culprit` (which need not be
+    /// told as well), and an event.
     Hung {
-        /// Resource.
+        /// The one that is stuck.
         resource: String,
+        /// All of the host, as in `HostGone`.
+        resources: Vec<String>,
         /// In what, for how long.
         why: String,
     },

@@ -83,6 +83,16 @@ impl LocalGroup {
         })
     }
 
+    /// Does one that stays have nothing but this one to stand on, until it is known whether its alternatives are there?
+    fn stands_on(&self, name: &str, kept: &Kept) -> bool {
+        let known = |on: &str| {
+            let asked = |unit: &Unit| matches!(unit.presence, Presence::Asked { .. });
+            on != name && kept.contains(on) && !self.units.get(on).is_some_and(asked)
+        };
+        let others = kept.iter().filter_map(|other| self.units.get(other));
+        others.into_iter().any(|other| other.expr.names().contains(name) && !other.expr.holds(&known))
+    }
+
     /// Is it online for certain, and stays so?
     pub(super) fn firm(&self, name: &str, kept: &Kept) -> bool {
         kept.contains(name)
@@ -146,7 +156,7 @@ impl LocalGroup {
             if unit.stale { Todo::Call(Doing::Open) } else { Todo::Wait }
         } else if matches!(self.mode, Mode::Stop(_)) {
             Todo::Call(Doing::Terminate)
-        } else if self.leaving(name, kept).next().is_some() {
+        } else if self.leaving(name, kept).next().is_some() || self.stands_on(name, kept) {
             Todo::Wait
         } else {
             Todo::Call(Doing::Offline)

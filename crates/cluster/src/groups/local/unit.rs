@@ -129,6 +129,14 @@ impl Unit {
         self.presence == Presence::Gone
     }
 
+    /// Nothing of it is left.
+    pub(super) fn set_gone(&mut self) {
+        self.presence = Presence::Gone;
+        self.initial = false;
+        self.ending = None;
+        self.opening = None;
+    }
+
     pub(super) fn doing(&self) -> Option<Doing> {
         self.call.as_ref().map(|call| call.doing)
     }

@@ -123,7 +123,11 @@ fn set_depends_allowed(world: &World, of: usize) -> bool {
 fn carry_out(world: &mut World, deed: Deed) {
     match deed {
         Deed::Execute { of, good, retry } => world.execute(NAMES[of], good, retry),
-        Deed::Deliver(count) => (0..count).for_each(|_| drop(world.deliver())),
+        Deed::Deliver(mut count) => {
+            while count > 0 && world.deliver() {
+                count -= 1;
+            }
+        }
         Deed::Twice => {
             if let Some(last) = world.mail.back().cloned() {
                 world.mail.push_back(last);
@@ -131,13 +135,11 @@ fn carry_out(world: &mut World, deed: Deed) {
         }
         Deed::Obey => world.obey(),
         Deed::Breaks { of, leaves } => {
+            // In the order in which the host said it.
+            while world.deliver() {}
             let thing = world.thing(NAMES[of]);
-            if thing.alive == Alive::Yes && thing.open && thing.queue.is_empty() {
-                (thing.alive, thing.told) = (if leaves { Alive::Partly } else { Alive::No }, false);
-                let (resource, why) = (NAMES[of].to_owned(), "it broke".into());
-                world.mail.push_back(Input::Failed { resource, why });
-                // Until the word has arrived the group cannot know.
-                while world.deliver() {}
+            if thing.told && thing.queue.is_empty() {
+                world.breaks(NAMES[of], if leaves { Alive::Partly } else { Alive::No });
             }
         }
         Deed::Vanishes(of) => {
@@ -329,8 +331,8 @@ proptest! {
                 1 => Input::Answer { resource, call, outcome: Outcome::Done },
                 2 => Input::Answer { resource, call, outcome: Outcome::Failed { why, retry: true, elsewhere: true } },
                 3 => Input::Failed { resource, why },
-                4 => Input::HostGone { resource, why, culprit: call % 2 == 0 },
-                5 => Input::Hung { resource, why },
+                4 => Input::HostGone { resources: vec![resource.clone()], why, culprit: Some(resource) },
+                5 => Input::Hung { resource, resources: Vec::new(), why },
                 6 => Input::Progress { resource, call, text: why },
                 _ => Input::Tick,
             };

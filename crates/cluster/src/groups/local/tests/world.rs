@@ -220,7 +220,8 @@ impl World {
             let expr = depends(&self.config.resources[name]);
             assert!(expr.holds(&told), "{name} is started before {expr}: {:?}", self.log);
         }
-        if doing == Doing::Offline {
+        // In maintenance what has failed is left alone, and what stands on it too.
+        if doing == Doing::Offline && !self.config.group.maintenance {
             let without = |on: &str| on != name && told(on);
             let cut = self.config.resources.values().find(|other| {
                 told(&other.name) && depends(other).names().contains(name) && !depends(other).holds(&without)
@@ -311,12 +312,14 @@ impl World {
             | Input::Tick => false,
         };
         self.mail.retain(|input| !lost(input));
-        for resource in of_host {
-            let (culprit, why) = (culprit == Some(resource.as_str()), "the host ended".to_owned());
-            if culprit && hung {
-                self.feed(Input::Hung { resource, why });
-            } else {
-                self.feed(Input::HostGone { resource, why, culprit });
+        let why = "the host ended".to_owned();
+        match culprit.filter(|culprit| of_host.iter().any(|name| name == culprit)) {
+            Some(culprit) if hung => {
+                self.feed(Input::Hung { resource: culprit.into(), resources: of_host, why });
+            }
+            culprit => {
+                let culprit = culprit.map(str::to_owned);
+                self.feed(Input::HostGone { resources: of_host, why, culprit });
             }
         }
     }
