@@ -104,7 +104,7 @@ impl LocalGroup {
         let mut reached = changed.clone();
         loop {
             let hit = |(name, unit): (&String, &Unit)| {
-                let needs = unit.expr.names().into_iter().any(|on| reached.contains(on));
+                let needs = unit.needs.iter().any(|on| reached.contains(on));
                 (needs && !reached.contains(name)).then(|| name.clone())
             };
             let more: Vec<String> = self.units.iter().filter_map(hit).collect();

@@ -78,7 +78,7 @@ impl LocalGroup {
     /// Resources that need this one, are not gone, and have to go.
     pub(super) fn leaving<'a>(&'a self, name: &'a str, kept: &'a Kept) -> impl Iterator<Item = &'a Unit> {
         self.units.iter().filter_map(move |(other, unit)| {
-            let needs = !unit.is_gone() && unit.expr.names().contains(name);
+            let needs = !unit.is_gone() && unit.needs.contains(name);
             (needs && !kept.contains(other) && !self.rises(unit, kept)).then_some(unit)
         })
     }
@@ -90,7 +90,7 @@ impl LocalGroup {
             on != name && kept.contains(on) && !self.units.get(on).is_some_and(asked)
         };
         let others = kept.iter().filter_map(|other| self.units.get(other));
-        others.into_iter().any(|other| other.expr.names().contains(name) && !other.expr.holds(&known))
+        others.into_iter().any(|other| other.needs.contains(name) && !other.expr.holds(&known))
     }
 
     /// Is it online for certain, and stays so?

@@ -57,7 +57,7 @@ impl LocalGroup {
             if let Some(ending) = &unit.ending {
                 return Some((Failed, format!("could not be ended, which is tried again: {}", ending.why)));
             }
-            if let Some(opening) = &unit.opening {
+            if let Some(opening) = unit.opening.as_ref().filter(|opening| opening.lasts()) {
                 let why = format!("cannot be looked after, which is tried again: {}", opening.why);
                 return Some((if unit.initial { ResourceState::Unknown } else { Failed }, why));
             }

@@ -3,7 +3,7 @@
 use super::{BACKOFF_MS_MAX, BACKOFF_MS_MIN};
 use crate::db::{Resource, ResourceState, ResourceStatus};
 use crate::groups::expr::Expr;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// What is known of a resource on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +66,8 @@ pub(super) struct Backoff {
 pub(super) struct Unit {
     pub(super) spec: Resource,
     pub(super) expr: Expr,
+    /// Names in `expr`.
+    pub(super) needs: BTreeSet<String>,
     pub(super) presence: Presence,
     /// Open in a host; `true`: one of its own.
     pub(super) open: Option<bool>,
@@ -99,6 +101,7 @@ impl Unit {
         let mut unit = Unit {
             spec: spec.clone(),
             expr: Expr::Nothing,
+            needs: BTreeSet::new(),
             presence: Presence::Asked { expected: was_there(spec.status.state) },
             open: None,
             call: None,
@@ -123,6 +126,7 @@ impl Unit {
     pub(super) fn set_spec(&mut self, spec: &Resource) {
         self.spec = spec.clone();
         self.expr = Expr::parse(&spec.depends).unwrap_or_else(|_| Expr::Resource(spec.depends.clone()));
+        self.needs = self.expr.names().into_iter().map(str::to_owned).collect();
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -184,6 +188,13 @@ fn was_there(state: ResourceState) -> bool {
 pub(super) fn back_off(before: Option<Backoff>, why: String, now_ms: u64) -> Backoff {
     let wait_ms = before.map_or(BACKOFF_MS_MIN, |before| (before.wait_ms * 2).min(BACKOFF_MS_MAX));
     Backoff { why, again_at_ms: now_ms.saturating_add(wait_ms), wait_ms }
+}
+
+impl Backoff {
+    /// Has it failed more than once? Before that it may be over before anybody has read of it.
+    pub(super) fn lasts(&self) -> bool {
+        self.wait_ms > BACKOFF_MS_MIN
+    }
 }
 
 /// May the call be repeated?

@@ -11,11 +11,7 @@ const NAMES: [&str; 6] = ["a", "b", "c", "d", "e", "f"];
 #[derive(Debug, Clone)]
 enum Deed {
     /// The host carries out a call.
-    Execute {
-        of: usize,
-        good: bool,
-        retry: bool,
-    },
+    Execute { of: usize, good: bool, retry: bool },
     /// The driver hears of that many things.
     Deliver(usize),
     /// The last answer comes twice.
@@ -23,35 +19,28 @@ enum Deed {
     /// All hosts do all they are told.
     Obey,
     /// It fails by itself, and tells.
-    Breaks {
-        of: usize,
-        leaves: bool,
-    },
+    Breaks { of: usize, leaves: bool },
     /// It is gone, and nobody notices.
     Vanishes(usize),
     /// The host of that resource ends.
-    HostEnds {
-        of: usize,
-        culprit: bool,
-        hung: bool,
-    },
+    HostEnds { of: usize, culprit: bool, hung: bool },
     /// A call gets on.
     Progress(usize),
     /// Time goes by, with a step at every deadline.
     Time(u64),
-    /// An administrator.
-    Want {
-        of: usize,
-        online: bool,
-    },
+    /// An administrator does something.
+    Order(Order),
+}
+
+/// What an administrator, or the manager, wants.
+#[derive(Debug, Clone)]
+enum Order {
+    Want { of: usize, online: bool },
     Forgive,
     Maintenance(bool),
     GroupWanted(bool),
     Property(usize),
-    Depends {
-        of: usize,
-        on: String,
-    },
+    Depends { of: usize, on: String },
     AddOrRemove(usize),
     Release,
     CancelRelease,
@@ -61,6 +50,22 @@ enum Deed {
 fn depends(of: usize, bits: u8, any: bool) -> String {
     let on: Vec<&str> = (0..of).filter(|at| bits >> at & 1 == 1).map(|at| NAMES[at]).collect();
     on.join(if any { " or " } else { " and " })
+}
+
+fn any_order() -> impl Strategy<Value = Order> {
+    let of = || 0..NAMES.len();
+    prop_oneof![
+        2 => (of(), any::<bool>()).prop_map(|(of, online)| Order::Want { of, online }),
+        1 => Just(Order::Forgive),
+        2 => any::<bool>().prop_map(Order::Maintenance),
+        1 => any::<bool>().prop_map(Order::GroupWanted),
+        1 => of().prop_map(Order::Property),
+        1 => (of(), any::<u8>(), any::<bool>())
+            .prop_map(|(of, bits, any)| Order::Depends { of, on: depends(of, bits, any) }),
+        1 => of().prop_map(Order::AddOrRemove),
+        1 => Just(Order::Release),
+        1 => Just(Order::CancelRelease),
+    ]
 }
 
 fn any_deed() -> impl Strategy<Value = Deed> {
@@ -78,16 +83,7 @@ fn any_deed() -> impl Strategy<Value = Deed> {
         1 => of().prop_map(Deed::Progress),
         5 => prop_oneof![1u64..1_000, 1_000u64..20_000, Just(900_000u64), Just(4_000_000u64)]
             .prop_map(Deed::Time),
-        2 => (of(), any::<bool>()).prop_map(|(of, online)| Deed::Want { of, online }),
-        1 => Just(Deed::Forgive),
-        2 => any::<bool>().prop_map(Deed::Maintenance),
-        1 => any::<bool>().prop_map(Deed::GroupWanted),
-        1 => of().prop_map(Deed::Property),
-        1 => (of(), any::<u8>(), any::<bool>())
-            .prop_map(|(of, bits, any)| Deed::Depends { of, on: depends(of, bits, any) }),
-        1 => of().prop_map(Deed::AddOrRemove),
-        1 => Just(Deed::Release),
-        1 => Just(Deed::CancelRelease),
+        10 => any_order().prop_map(Deed::Order),
     ]
 }
 
@@ -113,11 +109,6 @@ fn any_world() -> impl Strategy<Value = World> {
         }
         world
     })
-}
-
-fn set_depends_allowed(world: &World, of: usize) -> bool {
-    let there = |name: &str| world.config.resources.contains_key(name);
-    there(NAMES[of])
 }
 
 fn carry_out(world: &mut World, deed: Deed) {
@@ -158,49 +149,41 @@ fn carry_out(world: &mut World, deed: Deed) {
             }
         }
         Deed::Time(ms) => idle(world, ms),
-        Deed::Want { .. }
-        | Deed::Forgive
-        | Deed::Maintenance(_)
-        | Deed::GroupWanted(_)
-        | Deed::Property(_)
-        | Deed::Depends { .. }
-        | Deed::AddOrRemove(_)
-        | Deed::Release
-        | Deed::CancelRelease => administer(world, deed),
+        Deed::Order(order) => administer(world, order),
     }
 }
 
-fn administer(world: &mut World, deed: Deed) {
-    match deed {
-        Deed::Want { of, online } => {
+fn administer(world: &mut World, order: Order) {
+    match order {
+        Order::Want { of, online } => {
             if let Some(resource) = world.config.resources.get_mut(NAMES[of]) {
                 resource.want_online = online;
                 world.forgive();
             }
         }
-        Deed::Forgive => world.forgive(),
-        Deed::Maintenance(on) => {
+        Order::Forgive => world.forgive(),
+        Order::Maintenance(on) => {
             world.config.group.maintenance = on;
             world.configure();
         }
-        Deed::GroupWanted(wanted) => {
+        Order::GroupWanted(wanted) => {
             world.config.group.want_online = wanted;
             world.forgive();
         }
-        Deed::Property(of) => {
+        Order::Property(of) => {
             let now_ms = world.now_ms;
             if let Some(resource) = world.config.resources.get_mut(NAMES[of]) {
                 resource.properties.insert("k".into(), now_ms.to_string());
                 world.forgive();
             }
         }
-        Deed::Depends { of, on } => {
-            if set_depends_allowed(world, of) {
-                world.resource(NAMES[of]).depends = on;
+        Order::Depends { of, on } => {
+            if let Some(resource) = world.config.resources.get_mut(NAMES[of]) {
+                resource.depends = on;
                 world.forgive();
             }
         }
-        Deed::AddOrRemove(of) => {
+        Order::AddOrRemove(of) => {
             if world.config.resources.remove(NAMES[of]).is_none() {
                 let mut added = resource(NAMES[of], "");
                 added.policy.retry_after_ms = 0;
@@ -208,12 +191,11 @@ fn administer(world: &mut World, deed: Deed) {
             }
             world.forgive();
         }
-        Deed::Release => world.release(),
-        Deed::CancelRelease => {
+        Order::Release => world.release(),
+        Order::CancelRelease => {
             world.config.group.state = GroupState::Pending;
             world.configure();
         }
-        _ => {}
     }
 }
 

@@ -2,5 +2,6 @@
 
 mod any;
 mod faults;
+mod hosts;
 mod rules;
 mod world;

@@ -5,10 +5,8 @@ use super::world::{Alive, World, resource};
 use crate::db::{GroupState, ResourceState};
 
 fn partial(world: &World) -> String {
-    match world.group.state() {
-        GroupState::Partial { reason } => reason,
-        other => panic!("{other:?}"),
-    }
+    let GroupState::Partial { reason } = world.group.state() else { panic!("{:?}", world.group.state()) };
+    reason
 }
 
 #[test]
