@@ -5,4 +5,5 @@
 
 pub mod check;
 pub mod client;
+pub mod groups;
 pub mod status;

@@ -184,6 +184,34 @@ pub enum ClusterRequest {
     },
     /// What every node sees of the others and of its LUNs.
     Check,
+    /// Resource types with their properties: all that come with csvfs and those of the cluster's libraries, or one.
+    ResourceTypes {
+        /// Name, such as `VirtualMachine`, `systemd:nginx` or `ocf:heartbeat:Dummy`.
+        kind: Option<String>,
+    },
+    /// What the manager of groups has to say beside the database: what starts wait for.
+    GroupsWaiting,
+    /// Which nodes could have a group, and which rule stops the others.
+    Candidates {
+        /// The group.
+        group: String,
+    },
+    /// What balancing would do now.
+    BalanceDryRun,
+    /// The entry point `control` of a resource, on the node that has it.
+    Control {
+        /// The resource.
+        resource: String,
+        /// What to do; the type says which verbs there are.
+        verb: String,
+        /// With what.
+        arguments: serde_json::Value,
+    },
+    /// How far a group's move has come, by the word of its owner.
+    MoveProgress {
+        /// The group.
+        group: String,
+    },
 }
 
 /// What csvfs is to be for its volume. Orders may be repeated: one that is carried out already is answered with `Ok`.
