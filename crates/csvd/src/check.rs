@@ -12,6 +12,11 @@ pub enum NodeRequest {
     Ping,
     /// Everything. Answered with [`NodeFacts`].
     Check,
+    /// About groups; csvd's own.
+    Group {
+        /// What.
+        request: serde_json::Value,
+    },
     /// Can the node find a disk witness? Answered with why not, or null.
     SeesWitness {
         /// Its name.

@@ -1,5 +1,6 @@
 //! What the daemon is at one moment: a node of a cluster, with its engine, or a machine that waits to become one.
 
+use crate::engine::groups::end_hosts_of_a_former_life;
 use crate::engine::identity::{self, Identity};
 use crate::engine::witness::node::{self, WITNESS_NODE, WitnessNode};
 use crate::engine::{Engine, backup, forced, lifecycle, unix_ms};
@@ -14,8 +15,10 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use uuid::Uuid;
 
-/// Time for volumes to move away before csvd stops.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(30);
+/// Time for groups and volumes to move away before csvd stops: virtual machines take their time.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(100);
+/// Time for what is still here to go offline in good order.
+const OFFLINE_LIMIT: Duration = Duration::from_secs(30);
 
 /// For what is said to the others at the end.
 const SAY_LIMIT: Duration = Duration::from_secs(3);
@@ -94,7 +97,8 @@ impl Daemon {
         let text = format!("this node does not take part in its cluster: {error:#}");
         tracing::error!("{text}");
         self.event("cluster-not-started", text.clone());
-        // A csvfs of an earlier csvd: nobody would tell it when this node is given up.
+        // Resources and a csvfs of an earlier csvd: nobody would tell them when this node is given up.
+        end_hosts_of_a_former_life(&self.config.run_dir);
         end_leftovers(&self.config.run_dir);
         *self.broken.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
     }
@@ -218,6 +222,7 @@ impl Daemon {
         if engine.db.read().nodes.len() > 1 {
             bail!("the cluster has other nodes: let them leave first, or evict them");
         }
+        self.runtime.block_on(engine.groups.stop_all(OFFLINE_LIMIT));
         engine.volumes.stop_all();
         // Nobody is left who would take them off, and another cluster could not write the LUNs.
         let back = engine.give_keys_back();
@@ -239,11 +244,13 @@ impl Daemon {
         }
         let admitted = self.runtime.block_on(lifecycle::ask_to_join(&self.config, token, true))?;
         if let Some(engine) = former {
+            self.runtime.block_on(engine.groups.stop_all(OFFLINE_LIMIT));
             engine.volumes.stop_all();
             self.runtime.block_on(engine.shutdown());
             self.set(None);
         }
         // The new life has another number and another key: nothing of the former one may use them.
+        end_hosts_of_a_former_life(&self.config.run_dir);
         end_leftovers(&self.config.run_dir);
         let settled = lifecycle::settle(&self.config, self.events.clone(), &admitted);
         match self.runtime.block_on(settled) {
@@ -310,7 +317,7 @@ impl Daemon {
         Ok(())
     }
 
-    /// A clean stop: volumes move to other nodes, csvfs ends, the others know.
+    /// A clean stop: groups and volumes move to other nodes, what is left goes offline, csvfs ends, the others know.
     pub(crate) fn stop(&self) {
         if let Some(witness) = self.witness.lock().unwrap_or_else(PoisonError::into_inner).take() {
             self.runtime.block_on(witness.shutdown());
@@ -318,8 +325,10 @@ impl Daemon {
         let Ok(engine) = self.engine() else { return };
         let others = engine.is_up() && crate::engine::local::up_nodes(&engine.db.read()) > 1;
         if others {
-            self.runtime.block_on(engine.give_volumes_away(GOODBYE_LIMIT));
+            self.runtime.block_on(engine.give_away(GOODBYE_LIMIT));
         }
+        // What runs from a volume ends before it.
+        self.runtime.block_on(engine.groups.stop_all(OFFLINE_LIMIT));
         for agent in engine.volumes.all() {
             agent.volume.collect_events(&self.events);
         }

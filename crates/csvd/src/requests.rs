@@ -49,8 +49,25 @@ pub(crate) fn answer(daemon: &Daemon, request: ClusterRequest) -> Result<Value> 
             if !is_for_administrators(&command, &engine.db.read()) {
                 bail!("this command is the engine's own");
             }
+            daemon.block_on(engine.check_resource(&command))?;
             let applied = daemon.block_on(engine.propose(command, LIMIT))?;
             Ok(serde_json::to_value(applied)?)
+        }
+        ClusterRequest::ResourceTypes { kind } => {
+            Ok(serde_json::to_value(daemon.engine()?.resource_types(kind.as_deref())?)?)
+        }
+        ClusterRequest::GroupsWaiting => Ok(serde_json::to_value(daemon.engine()?.groups_waiting())?),
+        ClusterRequest::Candidates { group } => {
+            Ok(serde_json::to_value(daemon.engine()?.candidates(&group)?)?)
+        }
+        ClusterRequest::BalanceDryRun => Ok(serde_json::to_value(daemon.engine()?.balance_dry_run())?),
+        ClusterRequest::Control { resource, verb, arguments } => {
+            let engine = daemon.engine()?;
+            daemon.block_on(engine.control_resource(&resource, verb, arguments))
+        }
+        ClusterRequest::MoveProgress { group } => {
+            let engine = daemon.engine()?;
+            Ok(serde_json::to_value(daemon.block_on(engine.move_progress(&group))?)?)
         }
         ClusterRequest::MakeDiskWitness { device, name, force } => {
             let engine = daemon.engine()?;
@@ -101,6 +118,20 @@ fn is_for_administrators(command: &Command, db: &ClusterDb) -> bool {
             | Command::Setting { .. }
             | Command::TokenRevoke { .. }
             | Command::RaiseFeatureLevel { .. }
+            | Command::GroupAdd { .. }
+            | Command::GroupPolicy { .. }
+            | Command::GroupRemove { .. }
+            | Command::GroupOnline { .. }
+            | Command::GroupOffline { .. }
+            | Command::GroupMaintenance { .. }
+            | Command::GroupRelease { to: Some(_), .. }
+            | Command::ResourceAdd { .. }
+            | Command::ResourceSet { .. }
+            | Command::ResourceRemove { .. }
+            | Command::ResourceOnline { .. }
+            | Command::ResourceOffline { .. }
+            | Command::TypePut { .. }
+            | Command::TypeRemove { .. }
     )
 }
 

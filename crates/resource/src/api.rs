@@ -124,10 +124,10 @@ pub struct Spec {
     /// Names, types and properties of the resources of its group that it depends on, directly or not. (A share asks its
     /// name and address, an application its disk.)
     pub depends_on: Vec<Dependency>,
-    /// Between two looks.
-    pub looks_alive_ms: u64,
-    /// Between two thorough looks.
-    pub is_alive_ms: u64,
+    /// Between two looks; 0: never; `None`: as its type says.
+    pub looks_alive_ms: Option<u64>,
+    /// Between two thorough looks; 0: never; `None`: as its type says.
+    pub is_alive_ms: Option<u64>,
     /// An entry point that does not return for so long hangs.
     pub deadlock_timeout_ms: u64,
     /// For going online or offline without progress.

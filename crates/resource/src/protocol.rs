@@ -23,6 +23,15 @@ pub const LINE_BYTES_MAX: usize = 4 << 20;
 /// Resources in one host.
 pub const RESOURCES_MAX: usize = 4096;
 
+/// What was found of a resource that was opened to be taken over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// It is online, and looked after from now on.
+    pub online: bool,
+    /// Why not, else.
+    pub why: String,
+}
+
 /// From csvd.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "say", rename_all = "kebab-case")]
@@ -39,8 +48,11 @@ pub enum ToHost {
         /// From now on, in milliseconds.
         for_ms: u64,
     },
+    /// Answered with [`FromHost::Beat`], as `Lease`, whose end it does not change.
+    Ping,
     /// Opens a resource, or gives an open one another specification (polls at once, the rest at the next online). With
-    /// `adopt`, what an earlier host left online is taken over. Answered with `Answer`.
+    /// `adopt`, what an earlier host left online is taken over. Answered with `Answer`; with `adopt`, and when it could be
+    /// opened, its value is a [`Found`].
     Open {
         /// Number of the call.
         call: u64,

@@ -20,7 +20,7 @@ use std::time::Duration;
 fn misbehaving(node: &Node, name: &str, how: &str, entry: &str) -> csv_resource::api::Spec {
     let when = node.path("when");
     let mut spec = spec(name, "Test", &[(how, entry), ("when", when.to_str().unwrap())]);
-    (spec.looks_alive_ms, spec.is_alive_ms, spec.deadlock_timeout_ms) = (0, 0, 50);
+    (spec.looks_alive_ms, spec.is_alive_ms, spec.deadlock_timeout_ms) = (Some(0), Some(0), 50);
     spec
 }
 
@@ -158,7 +158,7 @@ fn a_hang_in_each_entry_point_is_named_and_harms_nobody_else() {
     let opening = rhs.open_begin(&misbehaving(&node, "open", "hang", "open"), false);
     hang_is_named(&rhs, "open", "open");
     let mut polled = misbehaving(&node, "looks_alive", "hang", "looks_alive");
-    polled.looks_alive_ms = 10;
+    polled.looks_alive_ms = Some(10);
     rhs.open(&polled);
     rhs.call("looks_alive", Entry::Online);
     hang_is_named(&rhs, "looks_alive", "looks_alive");
@@ -202,7 +202,7 @@ fn polls_find_what_failed() {
     let node = Node::new();
     let rhs = node.start("shared");
     let mut often = spec("a", "Test", &[]);
-    often.looks_alive_ms = 10;
+    often.looks_alive_ms = Some(10);
     rhs.open(&often);
     rhs.call("a", Entry::Online);
     // Under maintenance nothing is polled.
@@ -222,11 +222,11 @@ fn only_the_thorough_look_decides() {
     let rhs = node.start("shared");
     fs::write(node.path("when"), "").unwrap();
     let mut often = misbehaving(&node, "a", "fail", "looks_alive");
-    often.looks_alive_ms = 10;
+    often.looks_alive_ms = Some(10);
     rhs.open(&often);
     rhs.call("a", Entry::Online);
     let mut both = misbehaving(&node, "b", "fail", "is_alive");
-    both.is_alive_ms = 10;
+    both.is_alive_ms = Some(10);
     rhs.open(&both);
     rhs.call("b", Entry::Online);
     assert!(rhs.failed("b").contains("told to fail in is_alive"));
@@ -267,12 +267,11 @@ fn a_crash_ends_the_host_and_a_new_one_takes_over() {
     assert!(node.adopt("shared").is_none());
     assert!(Host::list(&node.run_dir()).is_empty());
     let next = node.start("next");
-    let call = next.open_begin(&spec("good", "Test", &[]), true);
-    next.done(call);
+    next.adopt(&spec("good", "Test", &[])).unwrap();
     next.call("good", Entry::IsAlive);
     assert_eq!(next.control("good", "count"), 1, "it was not started again");
     // What is not there is not taken over, and can be ended all the same.
-    let why = next.why_not(next.open_begin(&spec("bad", "Test", &[]), true));
+    let why = next.adopt(&spec("bad", "Test", &[])).unwrap_err();
     assert!(why.contains("gone"), "{why}");
     next.call("bad", Entry::Terminate);
 }
@@ -283,7 +282,7 @@ fn a_lost_connection_changes_nothing_and_news_are_kept() {
     let rhs = node.start("shared");
     let pid = rhs.host.pid();
     let mut often = spec("b", "Test", &[]);
-    often.looks_alive_ms = 10;
+    often.looks_alive_ms = Some(10);
     rhs.open(&often);
     rhs.call("b", Entry::Online);
     open_online(&rhs, &["a"]);

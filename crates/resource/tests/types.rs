@@ -19,7 +19,7 @@ use std::process::Command;
 /// Without polls: what is heard is heard by itself.
 fn unpolled(name: &str, kind: &str, properties: &[(&str, &str)]) -> csv_resource::api::Spec {
     let mut spec = spec(name, kind, properties);
-    (spec.looks_alive_ms, spec.is_alive_ms) = (0, 0);
+    (spec.looks_alive_ms, spec.is_alive_ms) = (Some(0), Some(0));
     spec
 }
 
@@ -106,7 +106,7 @@ fn an_application_outlives_its_host_and_is_taken_over() {
     rhs.gone();
     assert!(is_there(pid));
     let rhs = node.start("two");
-    rhs.done(rhs.open_begin(&app, true));
+    rhs.adopt(&app).unwrap();
     assert_eq!(rhs.control("app", "pid").as_u64(), Some(pid));
     rhs.call("app", Entry::IsAlive);
     kill(pid);
@@ -114,7 +114,7 @@ fn an_application_outlives_its_host_and_is_taken_over() {
     rhs.call("app", Entry::Terminate);
     // One whose process is gone is not taken over.
     rhs.close("app");
-    assert!(rhs.why_not(rhs.open_begin(&app, true)).contains("no process of it is known"));
+    assert!(rhs.adopt(&app).unwrap_err().contains("no process of it is known"));
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn a_script_goes_through_its_life() {
     let rhs = node.start("shared");
     let (script, dir) = (node.script("script", SCRIPT), node.dir.path().display().to_string());
     let mut often = spec("s", "GenericScript", &[("script", script.to_str().unwrap()), ("parameter", &dir)]);
-    often.looks_alive_ms = 50;
+    often.looks_alive_ms = Some(50);
     rhs.open(&often);
     rhs.call("s", Entry::Online);
     rhs.call("s", Entry::IsAlive);
@@ -266,7 +266,7 @@ fn units_go_through_their_life() {
     rhs.host.kill();
     rhs.gone();
     let rhs = node.start("next");
-    rhs.done(rhs.open_begin(&a, true));
+    rhs.adopt(&a).unwrap();
     kill(main());
     rhs.failed("a");
     rhs.call("a", Entry::Terminate);
@@ -287,7 +287,7 @@ fn the_ocf_agent_dummy_goes_through_its_life() {
     let rhs = node.start("one");
     let state = node.path("dummy.state");
     let mut dummy = spec("d", "ocf:heartbeat:Dummy", &[("state", state.to_str().unwrap())]);
-    (dummy.looks_alive_ms, dummy.is_alive_ms) = (100, 100);
+    (dummy.looks_alive_ms, dummy.is_alive_ms) = (Some(100), Some(100));
     rhs.open(&dummy);
     rhs.call("d", Entry::Online);
     assert!(state.exists());
@@ -298,7 +298,7 @@ fn the_ocf_agent_dummy_goes_through_its_life() {
     rhs.host.kill();
     rhs.gone();
     let rhs = node.start("two");
-    rhs.done(rhs.open_begin(&dummy, true));
+    rhs.adopt(&dummy).unwrap();
     rhs.call("d", Entry::IsAlive);
     rhs.call("d", Entry::Offline);
     assert!(!state.exists());
@@ -364,7 +364,7 @@ fn the_example_in_c_goes_through_its_life() {
     rhs.host.kill();
     rhs.gone();
     let rhs = node.start("two");
-    rhs.done(rhs.open_begin(&c, true));
+    rhs.adopt(&c).unwrap();
     rhs.call("c", Entry::IsAlive);
     rhs.call("c", Entry::Offline);
     assert!(!file.exists());

@@ -103,7 +103,11 @@ pub struct LocalConfig {
     /// A kernel watchdog that resets this machine when csvd has no control over it any more, such as `/dev/watchdog`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watchdog: Option<PathBuf>,
-    /// Devices of volumes, by name.
+    /// Memory that virtual machines may have on this machine altogether, in MiB; without, nine tenths of all, and at least
+    /// 512 MiB less than that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+    /// Devices of volumes and disks, by name.
     #[serde(default)]
     pub luns: BTreeMap<String, PathBuf>,
 }

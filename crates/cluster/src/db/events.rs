@@ -159,6 +159,7 @@ kinds! {
     ResourceHung = 5107, Error, "a resource hangs in an entry point";
     ResourceHostEnded = 5108, Error, "a resource host ended";
     ResourceNote = 5109, Info, "a resource says something";
+    ResourceWarning = 5110, Warning, "something about a resource does not work as it should";
     TypeChanged = 5201, Info, "a resource type was added or changed";
     TypeRemoved = 5202, Info, "a resource type was removed";
     PathLost = 6001, Warning, "a node lost its path to a LUN";

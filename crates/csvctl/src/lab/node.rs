@@ -95,6 +95,7 @@ fn luns(lab: &Lab, node: &LabNode) -> BTreeMap<String, PathBuf> {
 fn write_config(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
     let local = LocalConfig {
         watchdog: None,
+        memory_mib: None,
         node: node.name.clone(),
         addr: Some(lab.addr(node).into()),
         cluster_port: CLUSTER_PORT,

@@ -33,6 +33,11 @@ impl Engine {
         };
         match request {
             NodeRequest::Ping => json(serde_json::to_vec(&Pong { unix_ms: super::unix_ms() })),
+            NodeRequest::Group { request } => {
+                let request = serde_json::from_value(request)
+                    .map_err(|error| failed(format!("this csvd does not know the request: {error}")))?;
+                json(serde_json::to_vec(&self.answer_about_groups(request).await))
+            }
             NodeRequest::Check => json(serde_json::to_vec(&self.facts().await)),
             NodeRequest::SeesWitness { name, id, device } => {
                 let engine = self.clone();
@@ -65,7 +70,7 @@ impl Engine {
         others.map(|node| (node.id, node.name.clone())).collect()
     }
 
-    async fn ask_node<T: serde::de::DeserializeOwned>(
+    pub(super) async fn ask_node<T: serde::de::DeserializeOwned>(
         &self,
         node: NodeId,
         request: NodeRequest,

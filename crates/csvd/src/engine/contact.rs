@@ -114,7 +114,12 @@ impl Engine {
     }
 
     async fn comes_back(&self, mark: u64) -> bool {
-        let key = format!("awake.{}", self.me().0);
+        self.comes_back_as(&format!("awake.{}", self.me().0), mark).await
+    }
+
+    /// Has the majority taken that mark in, under that property, and has it come back here?
+    pub(crate) async fn comes_back_as(&self, key: &str, mark: u64) -> bool {
+        let key = key.to_owned();
         let mut changes = self.db.changes();
         let value = Some(mark.to_string());
         if self

@@ -4,7 +4,6 @@ use super::Engine;
 use anyhow::{Context, Result, bail};
 use csv_cluster::db::{Command, EventKind, MemberState, NewEvent};
 use csv_types::NodeId;
-use csv_types::admin::Event;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -13,8 +12,8 @@ const BATCH: usize = 32;
 const PROPOSE_LIMIT: Duration = Duration::from_secs(3);
 
 /// What a local event is called in the cluster's log. Others stay local.
-fn kind(event: &Event) -> Option<EventKind> {
-    Some(match event.kind.as_str() {
+fn kind_of(local: &str) -> Option<EventKind> {
+    Some(match local {
         "mode-change" => EventKind::VolumeModeChanged,
         "suspended" | "cut-off" | "volume-lost" => EventKind::SelfFenced,
         "slept" => EventKind::FrozenAwake,
@@ -22,8 +21,20 @@ fn kind(event: &Event) -> Option<EventKind> {
         "witness-lost" => EventKind::WitnessLost,
         "witness-failed" | "take-failed" | "step-failed" | "no-lun" | "smbd-failed" | "unmount-stuck"
         | "io-stuck" | "csvfs-stuck" | "start-failed" => EventKind::StorageProblem,
+        "resource-restarted" => EventKind::ResourceRestarted,
+        "resource-hung" => EventKind::ResourceHung,
+        "resource-host-ended" => EventKind::ResourceHostEnded,
+        "resource-note" => EventKind::ResourceNote,
+        "resource-warning" => EventKind::ResourceWarning,
         _ => return None,
     })
+}
+
+/// What an event about a resource is called in this node's log.
+pub(super) fn local_kind(kind: EventKind) -> &'static str {
+    let names = ["resource-restarted", "resource-hung", "resource-host-ended", "resource-note"];
+    let known = names.into_iter().find(|name| kind_of(name) == Some(kind));
+    known.unwrap_or("resource-warning")
 }
 
 impl Engine {
@@ -38,7 +49,7 @@ impl Engine {
             let events: Vec<NewEvent> = batch
                 .iter()
                 .filter_map(|event| {
-                    let kind = kind(event)?;
+                    let kind = kind_of(&event.kind)?;
                     Some(NewEvent {
                         id: kind.id(),
                         at_unix_ms: event.unix_ms,

@@ -259,12 +259,15 @@ impl Engine {
         self.propose(Command::NodePause { node, drain: true }, LIMIT).await?;
         let deadline = tokio::time::Instant::now() + LIMIT * 6;
         let mut changes = self.db.changes();
-        while !self.db.read().volumes_of(node).is_empty() {
+        while self.has_something() {
             if tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
-                bail!("this node could not be drained; see `csvctl events`, move its volumes and try again");
+                bail!(
+                    "this node could not be drained; see `csvctl events`, move its volumes and groups and try again"
+                );
             }
         }
         self.hand_vote_over().await?;
+        self.groups.stop_all(LIMIT).await;
         self.volumes.stop_all();
         let incarnation = self.incarnation.get();
         let reason = "it leaves the cluster".to_owned();

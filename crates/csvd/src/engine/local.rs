@@ -123,6 +123,9 @@ impl Engine {
         }
         let must_stop =
             !self.is_starting() && self.cut_off().is_some() && ago(&self.cut_off_at_ms) > STOP_LIMIT_MS;
+        if must_stop && !self.groups.is_quiet() {
+            return Err("resources are online here although they must not be".to_owned());
+        }
         for agent in self.volumes.all() {
             if let Some(silence) = agent.stands_still() {
                 return Err(format!(
@@ -150,7 +153,7 @@ impl Engine {
         };
         let Some(known) = known else { return };
         let reports = self.volumes.all();
-        if !reports.iter().all(|agent| agent.is_quiet()) {
+        if !reports.iter().all(|agent| agent.is_quiet()) || !self.groups.is_quiet() {
             return;
         }
         match self.incarnation.renew(known) {
@@ -172,10 +175,15 @@ impl Engine {
     /// Puts the report for the next beats together.
     pub(crate) fn report_changed(&self) {
         let volumes = self.volumes.all();
+        let seen = self.groups.load.get();
         let report = NodeReport {
             incarnation: self.incarnation.get(),
             volumes: volumes.iter().map(|agent| (agent.volume.name.clone(), agent.report())).collect(),
-            ..NodeReport::default()
+            load: seen.cpu_permille / 10,
+            cpus: seen.cpus,
+            memory_mib: self.config.memory_mib.unwrap_or_else(|| seen.for_machines_mib()),
+            memory_used_mib: seen.used_mib,
+            cpu_permille: seen.cpu_permille,
         };
         *self.own_report.lock() = report;
         self.planning.notify_one();

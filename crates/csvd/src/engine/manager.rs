@@ -50,6 +50,11 @@ impl Engine {
             plan(&self.db.read(), &view)
         };
         self.carry_out(commands).await;
+        let commands = {
+            let view = self.group_view();
+            csv_cluster::groups::manager::plan(&self.db.read(), &view)
+        };
+        self.carry_out(commands).await;
         if let Err(error) = self.keep_members(metrics).await {
             tracing::debug!(error, "members");
         }
@@ -63,7 +68,7 @@ impl Engine {
         }
     }
 
-    fn all_reports(&self) -> BTreeMap<NodeId, NodeReport> {
+    pub(crate) fn all_reports(&self) -> BTreeMap<NodeId, NodeReport> {
         let mut reports = self.reports.lock().clone();
         let mut own = self.own_report.lock().clone();
         own.incarnation = self.incarnation.get();

@@ -3,7 +3,8 @@
 //! ```text
 //!  other nodes ── net server ── handler ──┬─ raft voter ── machine ── Db ──┬─ agents (one thread per volume) ── csvfs, LUN
 //!       ▲                                 └─ heartbeats, reports ──┐       └─ manager (on the leader): verdicts, plan, voters
-//!       └────────── Peers: calls, beats ◄──────────────────────────┘                    │ proposals
+//!       └────────── Peers: calls, beats ◄──────────────────────────┘        │           │ proposals
+//!                                                                groups (one thread) ── resource hosts
 //! ```
 //!
 //! Everything is level-triggered: each loop looks at the database and at what is there, and does the next step; a lost
@@ -18,7 +19,8 @@ pub(crate) mod backup;
 pub(crate) mod check;
 mod contact;
 pub(crate) mod forced;
-mod forward;
+pub(crate) mod forward;
+pub(crate) mod groups;
 pub(crate) mod handler;
 pub(crate) mod identity;
 pub(crate) mod incarnation;
@@ -44,6 +46,7 @@ use csv_net::{PeerAddr, Peers, PeersOptions, Secrets, ServerHandle, ServerOption
 use csv_raft::{Handle, Options, SnapshotRule, Timing};
 use csv_types::NodeId;
 use csv_types::config::LocalConfig;
+use groups::Groups;
 use identity::Identity;
 use incarnation::Incarnation;
 use machine::{Db, Machine};
@@ -91,6 +94,7 @@ pub(crate) struct Engine {
     pub(crate) events: Arc<std::sync::Mutex<EventLog>>,
     pub(crate) incarnation: Incarnation,
     pub(crate) volumes: Volumes,
+    pub(crate) groups: Groups,
     pub(crate) runtime: Runtime,
     raft: Handle,
     peers: Peers,
@@ -174,6 +178,7 @@ impl Engine {
         let newest = newest_event(&events, identity.node);
         let engine = Arc::new(Engine {
             volumes: Volumes::new(&config),
+            groups: Groups::new(),
             heartbeats: Mutex::new(Heartbeats::new(&Settings::default(), 0)),
             reports: Mutex::default(),
             own_report: Mutex::default(),
@@ -223,6 +228,7 @@ impl Engine {
         tokio::spawn(self.clone().manage());
         tokio::spawn(self.clone().watch_self());
         tokio::spawn(self.clone().tell_version());
+        self.groups.start(self)?;
         DiskWitness::start(self)?;
         Ok(())
     }
@@ -385,16 +391,21 @@ impl Engine {
         })
     }
 
-    /// The first half of a stop in good order: volumes move to other nodes, and so do the vote and the lead, so that those
-    /// who stay have a majority without this node.
-    pub(crate) async fn give_volumes_away(&self, limit: Duration) {
+    /// When this node was last known to be in contact with a majority, by `now_ms`.
+    pub(crate) fn last_contact(&self) -> Option<u64> {
+        *self.last_contact_ms.lock()
+    }
+
+    /// The first half of a stop in good order: groups and volumes move to other nodes, and so do the vote and the lead, so that
+    /// those who stay have a majority without this node.
+    pub(crate) async fn give_away(&self, limit: Duration) {
         let (node, incarnation) = (self.me(), self.incarnation.get());
         if self.propose(Command::NodeLeave { node, incarnation }, limit).await.is_err() {
             return;
         }
         let deadline = tokio::time::Instant::now() + limit;
         let mut changes = self.db.changes();
-        while !self.db.read().volumes_of(node).is_empty() {
+        while self.has_something() {
             if tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
                 break;
             }
@@ -411,6 +422,12 @@ impl Engine {
         {
             tracing::warn!("nobody has taken the lead over yet");
         }
+    }
+
+    /// Does this node own a volume or a group?
+    pub(crate) fn has_something(&self) -> bool {
+        let db = self.db.read();
+        !db.volumes_of(self.me()).is_empty() || !db.groups_of(self.me()).is_empty()
     }
 
     /// The second half, when csvfs has ended: this node gives its keys back, so that nobody need fence it, and says that it

@@ -133,6 +133,9 @@ impl Reader {
                 self.shared.lease.grant(Duration::from_millis(for_ms));
                 self.shared.outbox.answer(self.number, FromHost::Beat { stuck: self.shared.stuck() });
             }
+            ToHost::Ping => {
+                self.shared.outbox.answer(self.number, FromHost::Beat { stuck: self.shared.stuck() });
+            }
             ToHost::Open { call, spec, adopt } => self.open(call, *spec, adopt),
             ToHost::Call { call, name, entry } => {
                 let kind = match entry {

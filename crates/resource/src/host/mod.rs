@@ -43,6 +43,7 @@ use std::time::Duration;
 use worker::Worker;
 
 pub(crate) use services::file_name;
+pub use services::state_file;
 
 /// For telling what is still to be said before the host ends.
 const END_LIMIT: Duration = Duration::from_secs(1);

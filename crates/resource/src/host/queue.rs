@@ -73,6 +73,8 @@ impl Running {
 #[derive(Debug)]
 pub(crate) struct Inner {
     pub(crate) spec: Spec,
+    /// Between two looks, and between two thorough ones, where the specification leaves it to the type.
+    pub(crate) of_type: (Duration, Duration),
     /// The specification changed since the resource was opened: it is opened anew at the next online.
     pub(crate) reopen: bool,
     pub(crate) state: HostState,
@@ -91,6 +93,7 @@ impl Inner {
     pub(crate) fn new(spec: Spec) -> Inner {
         Inner {
             spec,
+            of_type: (Duration::ZERO, Duration::ZERO),
             reopen: false,
             state: HostState::Offline,
             why: String::new(),
@@ -110,17 +113,24 @@ impl Inner {
         // Between 1/1024 of the interval and all of it.
         let share = u32::try_from(hasher.finish() % 1024).unwrap_or(0) + 1;
         let now = Instant::now();
-        self.looks_at = interval(self.spec.looks_alive_ms).map(|every| now + every / 1024 * share);
-        self.is_at = interval(self.spec.is_alive_ms).map(|every| now + every / 1024 * share);
+        let (looks, is) = self.intervals();
+        self.looks_at = looks.map(|every| now + every / 1024 * share);
+        self.is_at = is.map(|every| now + every / 1024 * share);
     }
 
     /// After a poll.
     pub(crate) fn polled(&mut self, thorough: bool) {
         let now = Instant::now();
-        self.looks_at = interval(self.spec.looks_alive_ms).map(|every| now + every);
+        let (looks, is) = self.intervals();
+        self.looks_at = looks.map(|every| now + every);
         if thorough {
-            self.is_at = interval(self.spec.is_alive_ms).map(|every| now + every);
+            self.is_at = is.map(|every| now + every);
         }
+    }
+
+    fn intervals(&self) -> (Option<Duration>, Option<Duration>) {
+        let (looks, is) = self.of_type;
+        (interval(self.spec.looks_alive_ms, looks), interval(self.spec.is_alive_ms, is))
     }
 
     /// The next poll, when nothing else is to do: whether it is a thorough one, and when.
@@ -137,7 +147,8 @@ impl Inner {
 }
 
 /// 0 is never; a year is as good as never.
-fn interval(ms: u64) -> Option<Duration> {
+fn interval(ms: Option<u64>, of_type: Duration) -> Option<Duration> {
     let year = Duration::from_secs(365 * 86_400);
-    (ms > 0).then(|| Duration::from_millis(ms).clamp(INTERVAL_MIN, year))
+    let every = ms.map_or(of_type, Duration::from_millis);
+    (!every.is_zero()).then(|| every.clamp(INTERVAL_MIN, year))
 }

@@ -70,8 +70,14 @@ impl Services for Offered {
 
 impl Offered {
     fn state_file(&self) -> PathBuf {
-        self.node.run_dir.join("rhs/state").join(format!("{}.json", file_name(&self.name)))
+        state_file(&self.node.run_dir, &self.name)
     }
+}
+
+/// Where a host keeps what a next one needs of a resource; it is there while something of the resource may be on this node.
+#[must_use]
+pub fn state_file(run_dir: &Path, resource: &str) -> PathBuf {
+    run_dir.join("rhs/state").join(format!("{}.json", file_name(resource)))
 }
 
 /// By rename, so that it is there as a whole or not at all. Not synced: it is worth nothing after a boot.

@@ -4,7 +4,7 @@
 
 use csv_resource::api::{NodeInfo, Spec};
 use csv_resource::client::{Host, HostEvent};
-use csv_resource::protocol::{Entry, FromHost, HostState, Outcome, ToHost};
+use csv_resource::protocol::{Entry, Found, FromHost, HostState, Outcome, ToHost};
 use serde_json::Value;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -105,8 +105,8 @@ pub fn spec(name: &str, kind: &str, properties: &[(&str, &str)]) -> Spec {
         group: "group".to_owned(),
         properties: properties.iter().map(owned).collect(),
         depends_on: Vec::new(),
-        looks_alive_ms: 5_000,
-        is_alive_ms: 60_000,
+        looks_alive_ms: Some(5_000),
+        is_alive_ms: Some(60_000),
         deadlock_timeout_ms: 300_000,
         pending_timeout_ms: 180_000,
         generation: 1,
@@ -179,6 +179,13 @@ impl Rhs {
             Outcome::Done(value) => value,
             Outcome::Failed { why, .. } => panic!("call {call} failed: {why}"),
         }
+    }
+
+    /// Opens to take over; why it is not online, if not.
+    pub fn adopt(&self, spec: &Spec) -> Result<(), String> {
+        let call = self.open_begin(spec, true);
+        let found: Found = serde_json::from_value(self.done(call)).unwrap();
+        if found.online { Ok(()) } else { Err(found.why) }
     }
 
     pub fn why_not(&self, call: u64) -> String {

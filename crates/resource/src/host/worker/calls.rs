@@ -5,7 +5,7 @@ use super::super::queue::{Asked, Job, Kind, Running, Work};
 use super::super::services::Offered;
 use super::Worker;
 use crate::api::{EventLevel, Failure, NodeInfo, Resource, Services, Spec};
-use crate::protocol::{FromHost, HostState, Outcome};
+use crate::protocol::{Found, FromHost, HostState, Outcome};
 use crate::types;
 use serde_json::Value;
 use std::any::Any;
@@ -101,23 +101,27 @@ impl Thread {
             worker: Arc::downgrade(&self.worker),
             name: self.worker.name.clone(),
         });
+        let worker = Arc::clone(&self.worker);
         self.enter(move || {
             let kind = types::find(&spec.kind, spec.library.as_deref()).map_err(Failure::NotHere)?;
+            let info = kind.info();
+            worker.inner.lock().of_type = (info.looks_alive, info.is_alive);
             kind.open(spec, offered)
         })
     }
 
     fn adopt(&self, resource: &mut Box<dyn Resource>, asked: Option<Asked>) {
         if self.state() == HostState::Online {
-            return self.done(asked, Ok(Value::Null));
+            return self.done(asked, Ok(found(Ok(()))));
         }
         self.stage("adopt", HostState::OnlinePending);
-        if !self.shared.lease.holds() {
-            let failure = Failure::new("the host has no lease, so it takes nothing over");
-            return self.went_online(asked, Err(failure.into()));
-        }
-        let adopted = self.enter(|| resource.adopt());
-        self.went_online(asked, adopted);
+        let adopted = if self.shared.lease.holds() {
+            self.enter(|| resource.adopt())
+        } else {
+            Err(Failure::new("the host has no lease, so it takes nothing over").into())
+        };
+        let adopted = self.is_online(adopted);
+        self.done(asked, Ok(found(adopted.map_err(|broken| broken.failure))));
     }
 
     fn online(&self, resource: &mut Box<dyn Resource>, asked: Option<Asked>) {
@@ -157,8 +161,13 @@ impl Thread {
         self.went_online(asked, online);
     }
 
-    /// The end of online and adopt: it is online, unless it has said meanwhile that it is not.
     fn went_online(&self, asked: Option<Asked>, ended: Result<(), Broken>) {
+        let ended = self.is_online(ended);
+        self.done(asked, ended.map(|()| Value::Null));
+    }
+
+    /// The end of online and adopt: it is online, unless it has said meanwhile that it is not.
+    fn is_online(&self, ended: Result<(), Broken>) -> Result<(), Broken> {
         let mut inner = self.worker.inner.lock();
         let ended = match inner.alarm.take() {
             Some(why) if ended.is_ok() => Err(Failure::Failed(why).into()),
@@ -176,7 +185,7 @@ impl Thread {
             }
         }
         drop(inner);
-        self.done(asked, ended.map(|()| Value::Null));
+        ended
     }
 
     fn offline(&self, resource: &mut Box<dyn Resource>, asked: Option<Asked>) {
@@ -328,6 +337,15 @@ impl Thread {
             self.worker.answer(job.asked, Err(outcome_of(why)), &self.shared);
         }
     }
+}
+
+/// Answer to `Open` with `adopt`.
+fn found(adopted: Result<(), Failure>) -> Value {
+    let found = match adopted {
+        Ok(()) => Found { online: true, why: String::new() },
+        Err(failure) => Found { online: false, why: failure.to_string() },
+    };
+    serde_json::to_value(found).unwrap_or_default()
 }
 
 /// A failure for csvd.

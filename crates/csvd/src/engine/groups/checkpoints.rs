@@ -1,0 +1,235 @@
+//! Files that follow a resource: each is kept in the database under `resource:NAME:N` (N: its place in the list), with the node
+//! that saved it.
+//!
+//! Before a resource goes online, files that another node saved last are put in place, and those that are missing. While it
+//! is online they are looked at every few seconds, and saved when they have changed; and once more when it has gone offline in
+//! good order, before the next owner may have it. So a crash loses what changed in the last few seconds.
+//!
+//! A file is replaced as a whole, with owner and permissions. One that was removed is not removed elsewhere. One that is too
+//! long is told once, and stays as it is in the database.
+
+use super::{Local, News};
+use crate::engine::Engine;
+use csv_cluster::db::{Command, ResourceState};
+use csv_cluster::groups::local::Input;
+use csv_types::NodeId;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Between two looks at files of resources that are online.
+const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// For one file to be in the database.
+const PROPOSE_LIMIT: Duration = Duration::from_secs(5);
+/// Bytes of a file, so that it and its head fit into a checkpoint.
+const FILE_BYTES_MAX: u64 = 500_000;
+
+/// Stands before a file's bytes, as a line of JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Head {
+    node: NodeId,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+}
+
+/// What tells whether a file has changed: device, inode, size, and when it was changed.
+type Seen = (u64, u64, u64, i64, i64);
+
+fn key(resource: &str, index: usize) -> String {
+    format!("resource:{resource}:{index}")
+}
+
+fn encode(head: &Head, bytes: &[u8]) -> Vec<u8> {
+    let mut value = serde_json::to_vec(head).unwrap_or_default();
+    value.push(b'\n');
+    value.extend_from_slice(bytes);
+    value
+}
+
+fn decode(value: &[u8]) -> Option<(Head, &[u8])> {
+    let end = value.iter().position(|byte| *byte == b'\n')?;
+    Some((serde_json::from_slice(value.get(..end)?).ok()?, value.get(end + 1..)?))
+}
+
+/// Puts files in place, in a thread; the driver hears how it went.
+pub(super) fn restore(engine: &Arc<Engine>, local: &Local, resource: &str, files: Vec<String>) {
+    let (engine, resource) = (engine.clone(), resource.to_owned());
+    let Local { group, generation, call } = local.clone();
+    engine.runtime.clone().spawn_blocking(move || {
+        let result = files.iter().enumerate().try_for_each(|(index, path)| {
+            let kept = engine.db.read().checkpoints.get(&key(&resource, index)).cloned();
+            kept.map_or(Ok(()), |kept| restore_one(Path::new(path), &kept, engine.me()))
+        });
+        // With a full queue the resource's own time-out tells.
+        let _full = engine.groups.news.try_send(News::Restored { group, generation, call, result });
+    });
+}
+
+fn restore_one(path: &Path, kept: &[u8], me: NodeId) -> Result<(), String> {
+    let cannot = |error: std::io::Error| format!("{} cannot be put in place: {error}", path.display());
+    let (head, bytes) = decode(kept)
+        .ok_or_else(|| format!("what the cluster keeps of {} is not understood", path.display()))?;
+    // This node's own file is as new as what it saved, or newer.
+    if head.node == me && path.exists() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).map_err(cannot)?;
+    }
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".csv-new");
+    let new = path.with_file_name(name);
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::options().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+        file.write_all(bytes)?;
+        fchown(&file, Some(head.uid), Some(head.gid))?;
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(head.mode & 0o7777))?;
+        file.sync_all()?;
+        fs::rename(&new, path)
+    };
+    write().map_err(cannot)
+}
+
+/// What a file is, and whether it is another one than was seen.
+fn look(path: &Path, seen: Option<&Seen>, me: NodeId) -> Result<Option<(Seen, Vec<u8>)>, String> {
+    let Ok(meta) = fs::metadata(path) else { return Ok(None) };
+    let now = (meta.dev(), meta.ino(), meta.len(), meta.mtime(), meta.mtime_nsec());
+    if seen == Some(&now) || !meta.is_file() {
+        return Ok(None);
+    }
+    if meta.len() > FILE_BYTES_MAX {
+        return Err(format!(
+            "{} has {} bytes, and only files of up to {FILE_BYTES_MAX} bytes can follow a resource",
+            path.display(),
+            meta.len()
+        ));
+    }
+    let bytes = fs::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
+    let head = Head { node: me, mode: meta.mode(), uid: meta.uid(), gid: meta.gid() };
+    Ok(Some((now, encode(&head, &bytes))))
+}
+
+/// Saves files that have changed since they were saved, then hands the input in.
+pub(super) fn save_before(
+    engine: &Arc<Engine>,
+    local: &Local,
+    resource: &str,
+    files: Vec<String>,
+    input: Input,
+) {
+    let (engine, resource) = (engine.clone(), resource.to_owned());
+    let Local { group, generation, .. } = local.clone();
+    engine.runtime.clone().spawn(async move {
+        engine.save_files(&resource, &files, &mut BTreeMap::new()).await;
+        // With a full queue the resource's own time-out tells.
+        let _full = engine.groups.news.try_send(News::Saved { group, generation, input: Box::new(input) });
+    });
+}
+
+impl Engine {
+    /// The loop that looks at files of resources that are online here.
+    pub(super) async fn keep_checkpoints(self: Arc<Self>) {
+        let mut seen: BTreeMap<String, Seen> = BTreeMap::new();
+        while !self.is_stopping() {
+            let online = self.with_files();
+            let known =
+                |key: &String| online.iter().any(|(name, _)| key.starts_with(&format!("resource:{name}:")));
+            seen.retain(|key, _| known(key));
+            for (resource, files) in online {
+                self.save_files(&resource, &files, &mut seen).await;
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Resources that are online here and have files that follow them.
+    fn with_files(&self) -> Vec<(String, Vec<String>)> {
+        if self.cut_off().is_some() {
+            return Vec::new();
+        }
+        let db = self.db.read();
+        let has = |resource: &&csv_cluster::db::Resource| {
+            let here = db.groups.get(&resource.group).is_some_and(|group| {
+                group.owner == Some(self.me()) && group.incarnation == self.incarnation.get()
+            });
+            here && resource.status.state == ResourceState::Online && !resource.checkpoints.is_empty()
+        };
+        let with = db.resources.values().filter(has);
+        with.map(|resource| (resource.name.clone(), resource.checkpoints.clone())).collect()
+    }
+
+    async fn save_files(&self, resource: &str, files: &[String], seen: &mut BTreeMap<String, Seen>) {
+        for (index, path) in files.iter().enumerate() {
+            let name = key(resource, index);
+            let (path, before, me) = (path.clone(), seen.get(&name).copied(), self.me());
+            let looked =
+                tokio::task::spawn_blocking(move || look(Path::new(&path), before.as_ref(), me)).await;
+            match looked {
+                Ok(Ok(None)) | Err(_) => {}
+                Ok(Ok(Some((now, value)))) => {
+                    let same = self.db.read().checkpoints.get(&name) == Some(&value);
+                    let put = Command::CheckpointPut { name: name.clone(), value };
+                    if same || self.propose(put, PROPOSE_LIMIT).await.is_ok() {
+                        seen.insert(name, now);
+                    }
+                }
+                Ok(Err(why)) => {
+                    if seen.insert(name, Seen::default()).is_none() {
+                        self.event(resource, "resource-warning", format!("resource {resource}: {why}"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_file_follows_with_its_permissions_and_only_from_another_node() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deep/app.conf");
+        let (one, two) = (NodeId(1), NodeId(2));
+        assert!(look(&path, None, one).unwrap().is_none(), "it is not there yet");
+        fs::create_dir(dir.path().join("deep")).unwrap();
+        fs::write(&path, b"first\nsecond").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+        let (seen, kept) = look(&path, None, one).unwrap().unwrap();
+        assert!(look(&path, Some(&seen), one).unwrap().is_none(), "nothing has changed");
+
+        // The node that saved it keeps its own, which may be newer.
+        fs::write(&path, b"newer").unwrap();
+        restore_one(&path, &kept, one).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"newer");
+        restore_one(&path, &kept, two).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first\nsecond");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
+        // What is missing is put in place anywhere.
+        fs::remove_dir_all(dir.path().join("deep")).unwrap();
+        restore_one(&path, &kept, one).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first\nsecond");
+        assert_eq!(fs::read_dir(dir.path().join("deep")).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_is_too_long_or_not_understood_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("long");
+        let file = fs::File::create(&path).unwrap();
+        file.set_len(FILE_BYTES_MAX + 1).unwrap();
+        assert!(look(&path, None, NodeId(1)).unwrap_err().contains("500001 bytes"));
+        assert!(restore_one(&path, b"no line", NodeId(1)).unwrap_err().contains("not understood"));
+        file.set_len(FILE_BYTES_MAX).unwrap();
+        let (_, value) = look(&path, None, NodeId(64)).unwrap().unwrap();
+        assert!(value.len() <= csv_cluster::db::CHECKPOINT_BYTES_MAX);
+    }
+}
