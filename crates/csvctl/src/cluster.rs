@@ -14,10 +14,10 @@ use indicatif::ProgressBar;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How long to wait for a node to be drained.
-const DRAIN_LIMIT: Duration = Duration::from_secs(300);
+/// How long to wait for something to leave a node that is drained; virtual machines with much memory take their time.
+const DRAIN_LIMIT: Duration = Duration::from_secs(600);
 /// A stop in good order.
-const STOP_LIMIT: Duration = Duration::from_secs(150);
+const STOP_LIMIT: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// See the module's text.
@@ -121,7 +121,7 @@ pub(crate) enum NodeCommand {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Stop this node's csvd in good order: its volumes move to other nodes, then its csvfs processes end. The node stays in
+    /// Stop this node's csvd in good order: its groups and volumes move to other nodes, then its csvfs processes end. The node stays in
     /// the cluster, and is back when csvd is started again.
     Stop,
     /// Let a node in again that failed too often.
@@ -299,17 +299,32 @@ pub(crate) fn run_node(command: NodeCommand, target: &Target, json: bool) -> any
 }
 
 fn wait_drained(config: &LocalConfig, id: NodeId, name: &str) -> anyhow::Result<()> {
-    let bar = waiting("volumes move away");
-    let deadline = Instant::now() + DRAIN_LIMIT;
+    let bar = waiting("groups and volumes move away");
+    let (mut deadline, mut before) = (Instant::now() + DRAIN_LIMIT, usize::MAX);
     loop {
         let db = admin::database(config)?;
-        let left = db.volumes_of(id).join(", ");
-        if left.is_empty() {
+        let (volumes, groups) = (db.volumes_of(id), db.groups_of(id));
+        let left = volumes.len() + groups.len();
+        if left == 0 {
             bar.finish_and_clear();
             return Ok(());
         }
+        if left < before {
+            (deadline, before) = (Instant::now() + DRAIN_LIMIT, left);
+        }
+        bar.set_message(format!(
+            "{} groups and {} volumes are still to move away",
+            groups.len(),
+            volumes.len()
+        ));
+        bar.tick();
         if Instant::now() >= deadline {
-            bail!("{name} still has {left}: is there another node that is Up and has a path to the LUN?");
+            let all: Vec<&str> = volumes.into_iter().chain(groups).collect();
+            bail!(
+                "{name} still has {}: is there another node that is Up, has a path to the LUN and room for the virtual \
+                 machines? `csvctl group candidates GROUP` says what keeps a group",
+                all.join(", ")
+            );
         }
         std::thread::sleep(LOOK_EVERY);
     }
