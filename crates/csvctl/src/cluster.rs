@@ -1,11 +1,14 @@
 //! `csvctl cluster`, `csvctl node`, `csvctl quorum`, `csvctl db`: the cluster as an administrator sees and changes it.
 
 use crate::admin::{self, Target};
+use crate::args::{key_value, on_off};
+use crate::balance;
+use crate::names::node_id;
 use crate::output::{rfc3339, table, tick};
 use crate::witness;
 use anyhow::{Context, bail};
 use clap::Subcommand;
-use csv_cluster::db::{ClusterDb, Command, Settings, Witness};
+use csv_cluster::db::{Command, Settings, Witness};
 use csv_types::NodeId;
 use csv_types::admin::{ClusterRequest, Request};
 use csv_types::config::LocalConfig;
@@ -92,6 +95,8 @@ pub(crate) enum ClusterCommand {
         #[arg(long)]
         others_are_down: bool,
     },
+    /// Move virtual machines away from nodes that are loaded too much, as the setting balance does from time to time.
+    Balance(balance::BalanceArgs),
     /// Check this machine, LUNs, and the cluster if there is one.
     Validate(crate::validate::ValidateArgs),
     /// Let the cluster use what its newest software brings; older software cannot join any more.
@@ -173,19 +178,6 @@ pub(crate) enum DbCommand {
     Dump,
 }
 
-pub(crate) fn key_value(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("it must be KEY=VALUE")?;
-    Ok((key.to_owned(), value.to_owned()))
-}
-
-fn on_off(text: &str) -> Result<bool, String> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("it must be on or off".to_owned()),
-    }
-}
-
 /// Shows that something takes its time. Without a thread of its own: a process that has entered a lab's node can have none.
 pub(crate) fn waiting(text: &'static str) -> ProgressBar {
     let bar = ProgressBar::new_spinner();
@@ -246,6 +238,7 @@ pub(crate) fn run(command: ClusterCommand, target: &Target, json: bool) -> anyho
                 "the cluster is there again with this node; let the others join with `csvctl cluster token`"
             );
         }
+        ClusterCommand::Balance(args) => balance::run(&config, args, json)?,
         ClusterCommand::Validate(_) => bail!("validation is a command of its own"),
         ClusterCommand::Start(args) => witness::start(&config, &args)?,
         ClusterCommand::Destroy => ask(ClusterRequest::Destroy).map(drop)?,
@@ -370,13 +363,6 @@ pub(crate) fn run_db(command: &DbCommand, target: &Target) -> anyhow::Result<()>
             Ok(())
         }
     }
-}
-
-fn node_id(db: &ClusterDb, name: &str) -> anyhow::Result<NodeId> {
-    db.node_by_name(name).map(|node| node.id).with_context(|| {
-        let names: Vec<&str> = db.nodes.values().map(|node| node.name.as_str()).collect();
-        format!("there is no node \"{name}\"; nodes: {}", names.join(", "))
-    })
 }
 
 fn status(config: &LocalConfig) -> anyhow::Result<ClusterStatus> {
