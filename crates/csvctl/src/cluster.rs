@@ -3,25 +3,22 @@
 use crate::admin::{self, Target};
 use crate::args::{key_value, on_off};
 use crate::balance;
+use crate::drain;
 use crate::names::node_id;
 use crate::output::{rfc3339, table, tick};
 use crate::witness;
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use csv_cluster::db::{Command, Settings, Witness};
-use csv_types::NodeId;
 use csv_types::admin::{ClusterRequest, Request};
 use csv_types::config::LocalConfig;
 use csvd::status::ClusterStatus;
 use indicatif::ProgressBar;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// How long to wait for a node to be drained.
-const DRAIN_LIMIT: Duration = Duration::from_secs(300);
 /// A stop in good order.
 const STOP_LIMIT: Duration = Duration::from_secs(150);
-const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// See the module's text.
 #[derive(Debug, Subcommand)]
@@ -108,17 +105,17 @@ pub(crate) enum ClusterCommand {
 pub(crate) enum NodeCommand {
     /// All nodes.
     List,
-    /// Give a node no volumes any more; those it has stay.
+    /// Give a node no volumes and groups any more; those it has stay.
     Pause {
         /// Name of the node.
         node: String,
     },
-    /// Give a node volumes again.
+    /// Give a node volumes and groups again.
     Resume {
         /// Name of the node.
         node: String,
     },
-    /// Move everything away from a node, and give it nothing.
+    /// Move all volumes and groups away from a node, and give it nothing.
     Drain {
         /// Name of the node.
         node: String,
@@ -286,25 +283,8 @@ pub(crate) fn run_node(command: NodeCommand, target: &Target, json: bool) -> any
         NodeCommand::Drain { node, no_wait } => {
             let id = find(&node)?;
             admin::command(&config, &Command::NodePause { node: id, drain: true })?;
-            if no_wait { Ok(()) } else { wait_drained(&config, id, &node) }
+            if no_wait { Ok(()) } else { drain::wait(&config, id, &node) }
         }
-    }
-}
-
-fn wait_drained(config: &LocalConfig, id: NodeId, name: &str) -> anyhow::Result<()> {
-    let bar = waiting("volumes move away");
-    let deadline = Instant::now() + DRAIN_LIMIT;
-    loop {
-        let db = admin::database(config)?;
-        let left = db.volumes_of(id).join(", ");
-        if left.is_empty() {
-            bar.finish_and_clear();
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            bail!("{name} still has {left}: is there another node that is Up and has a path to the LUN?");
-        }
-        std::thread::sleep(LOOK_EVERY);
     }
 }
 

@@ -2,13 +2,12 @@
 
 use super::{Look, Verdict, Watch, progress};
 use crate::admin;
-use crate::output::tick;
+use crate::output::Bar;
 use anyhow::{Context, anyhow};
 use csv_cluster::db::{ClusterDb, Event, EventKind, GroupState, Level};
 use csv_types::admin::ClusterRequest;
 use csv_types::config::LocalConfig;
 use csvd::groups::{MoveProgress, Moving, Waiting};
-use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
 
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -24,7 +23,7 @@ const AWAY_MAX: Duration = Duration::from_secs(20);
 pub(crate) fn until(config: &LocalConfig, watch: Watch) -> anyhow::Result<ClusterDb> {
     let bar = Bar::new();
     let result = looks(config, watch, &bar);
-    bar.bar.finish_and_clear();
+    bar.clear();
     result
 }
 
@@ -49,7 +48,8 @@ fn looks(config: &LocalConfig, mut watch: Watch, bar: &Bar) -> anyhow::Result<Cl
                     Verdict::Wait => {}
                 }
                 if let Some(group) = db.groups.get(&watch.group) {
-                    bar.show(progress::text(look, group));
+                    let (text, percent) = progress::text(look, group);
+                    bar.show(text, percent);
                 }
             }
             Err(error) if heard.elapsed() >= AWAY_MAX => {
@@ -61,7 +61,7 @@ fn looks(config: &LocalConfig, mut watch: Watch, bar: &Bar) -> anyhow::Result<Cl
                     )
                 });
             }
-            Err(_) => bar.show(("csvd does not answer; it may be starting anew".to_owned(), None)),
+            Err(_) => bar.show("csvd does not answer; it may be starting anew".to_owned(), None),
         }
         std::thread::sleep(LOOK_EVERY);
     }
@@ -93,36 +93,6 @@ impl Beside {
         } else if let Ok(mut all) = admin::ask_typed::<Waiting>(config, ClusterRequest::GroupsWaiting) {
             self.waits = all.remove(name);
         }
-    }
-}
-
-/// A spinner with text, and a bar as soon as there is something to measure.
-struct Bar {
-    bar: ProgressBar,
-}
-
-impl Bar {
-    fn new() -> Bar {
-        let bar = ProgressBar::new_spinner();
-        tick(&bar);
-        Bar { bar }
-    }
-
-    fn show(&self, (text, percent): (String, Option<u8>)) {
-        let template = match percent {
-            Some(percent) => {
-                self.bar.set_length(100);
-                self.bar.set_position(u64::from(percent.min(100)));
-                "{spinner} {msg} [{bar:30}] {pos} %"
-            }
-            None => "{spinner} {msg}",
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            self.bar.set_style(style);
-        }
-        self.bar.set_message(text);
-        // Nothing else moves it inside a node of a lab.
-        self.bar.tick();
     }
 }
 
