@@ -134,6 +134,19 @@ fn row(db: &ClusterDb, of: &Resource, waiting: &Waiting, moves: &Moves) -> Value
     })
 }
 
+/// How a machine is after an order.
+pub(crate) fn tell(db: &ClusterDb, name: &str, json: bool) -> anyhow::Result<()> {
+    let of = names::machine(db, name)?;
+    if json {
+        let row = row(db, of, &Waiting::new(), &Moves::new());
+        println!("{}", serde_json::to_string_pretty(&row)?);
+    } else {
+        let on = resources::node(db, of).map_or_else(String::new, |node| format!(" on {node}"));
+        println!("virtual machine {name} is {}{on}", state_words(db, of));
+    }
+    Ok(())
+}
+
 /// What a machine is asked for `csvctl vm show`.
 struct Asked {
     waiting: Waiting,

@@ -1,6 +1,6 @@
 //! Looks every [`LOOK_EVERY`] and shows how far it is.
 
-use super::{Look, Verdict, Watch, progress};
+use super::{Goal, Look, Verdict, Watch, progress};
 use crate::admin;
 use crate::output::Bar;
 use anyhow::{Context, anyhow};
@@ -99,17 +99,29 @@ impl Beside {
 /// Writes to standard error what the cluster noted about the group since the event: that it did not go as ordered, or what does not
 /// work as it should.
 pub(crate) fn notes(db: &ClusterDb, watch: &Watch) {
-    for event in noted(db, &watch.group, watch.event) {
+    for event in noted(db, watch) {
         eprintln!("note: {}", event.message);
     }
 }
 
-fn noted<'a>(db: &'a ClusterDb, group: &str, after: u64) -> impl Iterator<Item = &'a Event> {
-    db.events.after(after).filter(move |event| {
+/// Events reach the database later than they happened, so those from before the order are left out by their time.
+fn noted<'a>(db: &'a ClusterDb, watch: &'a Watch) -> impl Iterator<Item = &'a Event> {
+    let group = &watch.group;
+    let ordered = db.events.after(watch.event).find(|event| event.subject == *group);
+    let since_unix_ms = ordered.map_or(0, |event| event.at_unix_ms);
+    let (moves, ends) = match watch.goal {
+        Goal::Moved(_) => (true, false),
+        Goal::Offline | Goal::ResourceOffline(_) => (false, true),
+        Goal::Online | Goal::ResourceOnline(_) => (false, false),
+    };
+    let is = |event: &Event, kind: EventKind| event.id == kind.id();
+    db.events.after(watch.event).filter(move |event| {
         let own =
-            event.subject == group || db.resources.get(&event.subject).is_some_and(|of| of.group == group);
-        let noted = event.id == EventKind::ResourceNote.id() && event.subject == group;
-        own && (noted || event.level >= Level::Warning)
+            event.subject == *group || db.resources.get(&event.subject).is_some_and(|of| of.group == *group);
+        let note = moves && event.subject == *group && is(event, EventKind::ResourceNote);
+        // What goes offline need not work.
+        let expected = ends && (is(event, EventKind::GroupFailed) || is(event, EventKind::GroupPartial));
+        own && event.at_unix_ms >= since_unix_ms && (note || (event.level >= Level::Warning && !expected))
     })
 }
 
@@ -120,14 +132,17 @@ mod tests {
     use csv_cluster::db::{Command, NewEvent};
 
     #[test]
-    fn what_was_noted_about_the_group_since_then_is_told() {
+    fn what_was_noted_about_the_group_since_the_order_is_told() {
         let mut bed = Bed::nodes(2);
         bed.machine("vm", 1);
         bed.machine("other", 1);
-        let after = bed.last_event();
-        let event = |kind: EventKind, subject: &str, message: &str| NewEvent {
+        let before = bed.db.clone();
+        let watch = |goal| Watch::new(&before, &before.groups["vm"], goal, true);
+        bed.release("vm", 2);
+        let ordered = bed.now;
+        let event = |kind: EventKind, subject: &str, at_unix_ms: u64, message: &str| NewEvent {
             id: kind.id(),
-            at_unix_ms: 0,
+            at_unix_ms,
             node: None,
             subject: subject.into(),
             level: kind.level(),
@@ -135,13 +150,20 @@ mod tests {
         };
         bed.ok(Command::EventAdd {
             events: vec![
-                event(EventKind::ResourceNote, "vm", "it is saved and resumed"),
-                event(EventKind::ResourceNote, "other", "something else"),
-                event(EventKind::ResourceWarning, "vm", "its disk is slow"),
-                event(EventKind::ResourceOnline, "vm", "it is online"),
+                event(EventKind::ResourceNote, "vm", ordered - 1, "it was paused before"),
+                event(EventKind::ResourceNote, "vm", ordered + 1, "it is saved and resumed"),
+                event(EventKind::ResourceNote, "other", ordered + 1, "something else"),
+                event(EventKind::ResourceWarning, "vm", ordered + 2, "its disk is slow"),
+                event(EventKind::GroupPartial, "vm", ordered + 2, "it is partial"),
+                event(EventKind::ResourceOnline, "vm", ordered + 2, "it is online"),
             ],
         });
-        let told: Vec<&str> = noted(&bed.db, "vm", after).map(|event| event.message.as_str()).collect();
-        assert_eq!(told, ["it is saved and resumed", "its disk is slow"]);
+        let told = |goal| -> Vec<String> {
+            noted(&bed.db, &watch(goal)).map(|event| event.message.clone()).collect()
+        };
+        let moved = told(Goal::Moved(crate::testbed::n(2)));
+        assert_eq!(moved, ["it is saved and resumed", "its disk is slow", "it is partial"]);
+        assert_eq!(told(Goal::Offline), ["its disk is slow"]);
+        assert_eq!(told(Goal::Online), ["its disk is slow", "it is partial"]);
     }
 }
