@@ -122,11 +122,11 @@ pub(crate) fn properties(set: &BTreeMap<String, String>, of_type: Option<&TypeIn
 }
 
 pub(crate) fn properties_table(rows: &[Shown]) -> String {
-    let mut cells = vec![["PROPERTY", "VALUE", "", "WHAT"].map(str::to_owned).to_vec()];
+    let mut cells = vec![["PROPERTY", "VALUE", "IS"].map(str::to_owned).to_vec()];
     for row in rows {
         let from = if row.set { "set" } else { "default" }.to_owned();
         let value = row.value.clone().unwrap_or_else(|| "-".to_owned());
-        cells.push(vec![row.name.clone(), value, from, row.what.clone()]);
+        cells.push(vec![row.name.clone(), value, from]);
     }
     table(&cells)
 }
@@ -182,6 +182,7 @@ fn text(db: &ClusterDb, of: &Resource, waiting: &Waiting, info: Option<&TypeInfo
     let mut text = table(&pairs);
     if !rows.is_empty() {
         text += &format!("\n{}", properties_table(&rows));
+        text += &format!("`csvctl resource types {}` says what each does\n", of.kind);
     }
     let policy: Vec<Vec<String>> = policy_rows(of, info);
     text + &format!("\npolicy\n{}", table(&policy))
