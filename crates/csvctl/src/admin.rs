@@ -2,11 +2,12 @@
 
 use crate::lab;
 use anyhow::{Context, anyhow, bail};
-use csv_cluster::db::ClusterDb;
+use csv_cluster::db::{Applied, ClusterDb, Command};
 use csv_types::admin::ClusterRequest;
 use csv_types::admin::{Answer, Request};
 use csv_types::config::{LocalConfig, NodeFile};
 use csvd::client::{self, ClientError};
+use serde::de::DeserializeOwned;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -81,17 +82,29 @@ pub(crate) fn ask_cluster(config: &LocalConfig, what: ClusterRequest) -> anyhow:
     Ok(data)
 }
 
+/// Asks about the cluster what has an answer of that type.
+pub(crate) fn ask_typed<T: DeserializeOwned>(
+    config: &LocalConfig,
+    what: ClusterRequest,
+) -> anyhow::Result<T> {
+    serde_json::from_value(ask_cluster(config, what)?)
+        .context("csvd's answer is not understood; csvctl and csvd must be of one version")
+}
+
 /// The cluster's database, without its secrets.
 pub(crate) fn database(config: &LocalConfig) -> anyhow::Result<ClusterDb> {
-    let data = ask_cluster(config, ClusterRequest::Db)?;
-    serde_json::from_value(data)
-        .context("csvd's database is not understood; csvctl and csvd must be of one version")
+    ask_typed(config, ClusterRequest::Db)
+}
+
+/// Gives the cluster a command; the answer says whether it changed anything.
+pub(crate) fn give(config: &LocalConfig, command: &Command) -> anyhow::Result<Applied> {
+    let command = serde_json::to_value(command)?;
+    ask_typed(config, ClusterRequest::Command { command })
 }
 
 /// Gives the cluster a command.
-pub(crate) fn command(config: &LocalConfig, command: &csv_cluster::db::Command) -> anyhow::Result<()> {
-    let command = serde_json::to_value(command)?;
-    ask_cluster(config, ClusterRequest::Command { command }).map(drop)
+pub(crate) fn command(config: &LocalConfig, command: &Command) -> anyhow::Result<()> {
+    give(config, command).map(drop)
 }
 
 /// Asks the csvd behind a socket.
@@ -110,7 +123,8 @@ pub(crate) fn advise(error: ClientError) -> anyhow::Error {
              with `csvctl lab restart NODE`"
         }
         ClientError::Unknown { .. } => {
-            "the request may have been carried out; look at `csvctl volume state` and repeat it if need be"
+            "the request may have been carried out; look with `csvctl volume state` or `csvctl group list`, and repeat it if \
+             need be"
         }
         ClientError::Protocol { .. } | ClientError::Refused(_) => return error.into(),
     };

@@ -1,11 +1,14 @@
 //! `csvctl cluster`, `csvctl node`, `csvctl quorum`, `csvctl db`: the cluster as an administrator sees and changes it.
 
 use crate::admin::{self, Target};
+use crate::args::{key_value, on_off};
+use crate::balance;
+use crate::names::node_id;
 use crate::output::{rfc3339, table, tick};
 use crate::witness;
 use anyhow::{Context, bail};
 use clap::Subcommand;
-use csv_cluster::db::{ClusterDb, Command, Settings, Witness};
+use csv_cluster::db::{Command, Settings, Witness};
 use csv_types::NodeId;
 use csv_types::admin::{ClusterRequest, Request};
 use csv_types::config::LocalConfig;
@@ -14,10 +17,10 @@ use indicatif::ProgressBar;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-/// How long to wait for a node to be drained.
-const DRAIN_LIMIT: Duration = Duration::from_secs(300);
+/// How long to wait for something to leave a node that is drained; virtual machines with much memory take their time.
+const DRAIN_LIMIT: Duration = Duration::from_secs(600);
 /// A stop in good order.
-const STOP_LIMIT: Duration = Duration::from_secs(150);
+const STOP_LIMIT: Duration = Duration::from_secs(240);
 const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// See the module's text.
@@ -92,6 +95,8 @@ pub(crate) enum ClusterCommand {
         #[arg(long)]
         others_are_down: bool,
     },
+    /// Move virtual machines away from nodes that are loaded too much, as the setting balance does from time to time.
+    Balance(balance::BalanceArgs),
     /// Check this machine, LUNs, and the cluster if there is one.
     Validate(crate::validate::ValidateArgs),
     /// Let the cluster use what its newest software brings; older software cannot join any more.
@@ -121,7 +126,7 @@ pub(crate) enum NodeCommand {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Stop this node's csvd in good order: its volumes move to other nodes, then its csvfs processes end. The node stays in
+    /// Stop this node's csvd in good order: its groups and volumes move to other nodes, then its csvfs processes end. The node stays in
     /// the cluster, and is back when csvd is started again.
     Stop,
     /// Let a node in again that failed too often.
@@ -171,19 +176,6 @@ pub(crate) struct QuorumSet {
 pub(crate) enum DbCommand {
     /// Print the database, without secrets, as JSON.
     Dump,
-}
-
-pub(crate) fn key_value(text: &str) -> Result<(String, String), String> {
-    let (key, value) = text.split_once('=').ok_or("it must be KEY=VALUE")?;
-    Ok((key.to_owned(), value.to_owned()))
-}
-
-fn on_off(text: &str) -> Result<bool, String> {
-    match text {
-        "on" => Ok(true),
-        "off" => Ok(false),
-        _ => Err("it must be on or off".to_owned()),
-    }
 }
 
 /// Shows that something takes its time. Without a thread of its own: a process that has entered a lab's node can have none.
@@ -246,6 +238,7 @@ pub(crate) fn run(command: ClusterCommand, target: &Target, json: bool) -> anyho
                 "the cluster is there again with this node; let the others join with `csvctl cluster token`"
             );
         }
+        ClusterCommand::Balance(args) => balance::run(&config, args, json)?,
         ClusterCommand::Validate(_) => bail!("validation is a command of its own"),
         ClusterCommand::Start(args) => witness::start(&config, &args)?,
         ClusterCommand::Destroy => ask(ClusterRequest::Destroy).map(drop)?,
@@ -299,17 +292,32 @@ pub(crate) fn run_node(command: NodeCommand, target: &Target, json: bool) -> any
 }
 
 fn wait_drained(config: &LocalConfig, id: NodeId, name: &str) -> anyhow::Result<()> {
-    let bar = waiting("volumes move away");
-    let deadline = Instant::now() + DRAIN_LIMIT;
+    let bar = waiting("groups and volumes move away");
+    let (mut deadline, mut before) = (Instant::now() + DRAIN_LIMIT, usize::MAX);
     loop {
         let db = admin::database(config)?;
-        let left = db.volumes_of(id).join(", ");
-        if left.is_empty() {
+        let (volumes, groups) = (db.volumes_of(id), db.groups_of(id));
+        let left = volumes.len() + groups.len();
+        if left == 0 {
             bar.finish_and_clear();
             return Ok(());
         }
+        if left < before {
+            (deadline, before) = (Instant::now() + DRAIN_LIMIT, left);
+        }
+        bar.set_message(format!(
+            "{} groups and {} volumes are still to move away",
+            groups.len(),
+            volumes.len()
+        ));
+        bar.tick();
         if Instant::now() >= deadline {
-            bail!("{name} still has {left}: is there another node that is Up and has a path to the LUN?");
+            let all: Vec<&str> = volumes.into_iter().chain(groups).collect();
+            bail!(
+                "{name} still has {}: is there another node that is Up, has a path to the LUN and room for the virtual \
+                 machines? `csvctl group candidates GROUP` says what keeps a group",
+                all.join(", ")
+            );
         }
         std::thread::sleep(LOOK_EVERY);
     }
@@ -355,13 +363,6 @@ pub(crate) fn run_db(command: &DbCommand, target: &Target) -> anyhow::Result<()>
             Ok(())
         }
     }
-}
-
-fn node_id(db: &ClusterDb, name: &str) -> anyhow::Result<NodeId> {
-    db.node_by_name(name).map(|node| node.id).with_context(|| {
-        let names: Vec<&str> = db.nodes.values().map(|node| node.name.as_str()).collect();
-        format!("there is no node \"{name}\"; nodes: {}", names.join(", "))
-    })
 }
 
 fn status(config: &LocalConfig) -> anyhow::Result<ClusterStatus> {

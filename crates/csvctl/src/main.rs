@@ -1,17 +1,27 @@
-//! The administrator's command: volumes, events, the lab, benchmarks.
+//! The administrator's command: volumes, groups, virtual machines, the cluster, events, the lab, benchmarks.
 //!
 //! It holds no state. Everything it does to a running volume goes through csvd's admin socket on the node where
 //! it runs, or, with `--lab`, on a node of a lab.
 
 mod admin;
+mod args;
+mod balance;
 mod bench;
 mod cluster;
 mod events;
+mod group;
 mod lab;
+mod man;
+mod names;
 mod output;
+mod resource;
+#[cfg(test)]
+mod testbed;
 mod validate;
+mod vm;
 mod volume;
 mod volume_create;
+mod wait;
 mod witness;
 
 use admin::Target;
@@ -56,6 +66,15 @@ enum Command {
     /// The replicated database.
     #[command(subcommand)]
     Db(cluster::DbCommand),
+    /// Groups: resources that are on one node together and move together.
+    #[command(subcommand)]
+    Group(group::GroupCommand),
+    /// Resources of groups, and their types.
+    #[command(subcommand)]
+    Resource(resource::ResourceCommand),
+    /// Virtual machines.
+    #[command(subcommand)]
+    Vm(vm::VmCommand),
     /// What the cluster decided and its nodes saw.
     Events(events::EventsArgs),
     /// A cluster on this one machine, for trying out and testing.
@@ -67,6 +86,11 @@ enum Command {
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
+    },
+    /// Write manual pages of csvctl and all its commands.
+    Man {
+        /// Directory; is made if need be.
+        dir: PathBuf,
     },
 }
 
@@ -91,11 +115,18 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Node(command) => cluster::run_node(command, &target, cli.json)?,
         Command::Quorum(command) => cluster::run_quorum(command, &target, cli.json)?,
         Command::Db(command) => cluster::run_db(&command, &target)?,
+        Command::Group(command) => group::run(command, &target, cli.json)?,
+        Command::Resource(command) => resource::run(command, &target, cli.json)?,
+        Command::Vm(command) => vm::run(command, &target, cli.json)?,
         Command::Events(args) => events::run(&args, &target, cli.json)?,
         Command::Lab(command) => return lab::run(command, cli.json),
         Command::Bench(args) => bench::run(args, cli.json)?,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "csvctl", &mut std::io::stdout());
+        }
+        Command::Man { dir } => {
+            let count = man::write(Cli::command(), &dir)?;
+            println!("{count} manual pages are in {0}; `man -l {0}/csvctl.1` reads the first", dir.display());
         }
     }
     Ok(ExitCode::SUCCESS)

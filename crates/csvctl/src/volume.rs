@@ -1,11 +1,13 @@
 //! `csvctl volume`: state, redirection, maintenance, where a file lies.
 
 use crate::admin::{self, Target};
+use crate::args::Switch;
 use crate::lab::Lab;
+use crate::names::{node_id, node_ids};
 use crate::output::{rfc3339, table};
 use crate::{lab, volume_create};
 use anyhow::{Context, bail};
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use csv_cluster::db::{ClusterDb, Command, VolumeState as DbState};
 use csv_types::admin::ClusterRequest;
 use csv_types::admin::{Answer, Request, VolumeState};
@@ -18,15 +20,6 @@ use std::time::{Duration, Instant};
 /// A planned move takes no longer than draining and a start.
 const MOVE_LIMIT: Duration = Duration::from_secs(150);
 const MOVE_LOOK: Duration = Duration::from_millis(50);
-
-/// On or off.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Switch {
-    /// On.
-    On,
-    /// Off.
-    Off,
-}
 
 /// See the module's text.
 #[derive(Debug, Subcommand)]
@@ -125,17 +118,16 @@ pub(crate) fn run(command: VolumeCommand, target: &Target, json: bool) -> anyhow
         VolumeCommand::Redirect { switch, node, volume } => {
             let config = target.enter()?;
             let db = admin::database(&config)?;
-            if let Some(name) = node.as_ref().filter(|name| db.node_by_name(name).is_none()) {
-                let names: Vec<&str> = db.nodes.values().map(|n| n.name.as_str()).collect();
-                bail!("there is no node \"{name}\"; nodes: {}", names.join(", "));
+            if let Some(name) = &node {
+                node_id(&db, name)?;
             }
             let volume = only_volume(&db, volume)?;
-            admin::ask(&config, &Request::Redirect { volume, on: switch == Switch::On, node }).map(drop)
+            admin::ask(&config, &Request::Redirect { volume, on: switch.is_on(), node }).map(drop)
         }
         VolumeCommand::Maintenance { switch, volume } => {
             let config = target.enter()?;
             let volume = only_volume(&admin::database(&config)?, volume)?;
-            admin::ask(&config, &Request::Maintenance { volume, on: switch == Switch::On }).map(drop)
+            admin::ask(&config, &Request::Maintenance { volume, on: switch.is_on() }).map(drop)
         }
         VolumeCommand::Map { path, volume } => {
             let config = target.enter()?;
@@ -157,24 +149,16 @@ pub(crate) fn run(command: VolumeCommand, target: &Target, json: bool) -> anyhow
         }
         VolumeCommand::Preferred { name, nodes } => {
             let config = target.enter()?;
-            let db = admin::database(&config)?;
-            let preferred = nodes.iter().map(|node| find_node(&db, node)).collect::<anyhow::Result<_>>()?;
+            let preferred = node_ids(&admin::database(&config)?, &nodes)?;
             admin::command(&config, &Command::VolumePreferred { name, preferred })
         }
     }
 }
 
-fn find_node(db: &ClusterDb, name: &str) -> anyhow::Result<csv_types::NodeId> {
-    db.node_by_name(name).map(|node| node.id).with_context(|| {
-        let names: Vec<&str> = db.nodes.values().map(|node| node.name.as_str()).collect();
-        format!("there is no node \"{name}\"; nodes: {}", names.join(", "))
-    })
-}
-
 /// Orders the move and waits until the volume is online there, or elsewhere.
 fn move_to(config: &LocalConfig, name: &str, node: &str, no_wait: bool) -> anyhow::Result<()> {
     let db = admin::database(config)?;
-    let to = find_node(&db, node)?;
+    let to = node_id(&db, node)?;
     let epoch = db.volumes.get(name).with_context(|| format!("there is no volume \"{name}\""))?.epoch;
     let reason = "on request".to_owned();
     admin::command(config, &Command::VolumeRelease { name: name.to_owned(), epoch, to: Some(to), reason })?;

@@ -57,7 +57,7 @@ pub(crate) struct UpArgs {
     #[arg(long)]
     smb_encrypt: bool,
     /// A setting of the cluster.
-    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = crate::cluster::key_value)]
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = crate::args::key_value)]
     settings: Vec<(String, String)>,
     /// With a disk witness: a second small LUN, to which every node has a path.
     #[arg(long)]
