@@ -31,9 +31,10 @@ impl Bar {
             Some(percent) => {
                 self.0.set_length(100);
                 self.0.set_position(u64::from(percent.min(100)));
-                "{spinner} {msg} [{bar:30}] {pos} %"
+                // As wide as the terminal: a line that is broken cannot be drawn anew.
+                "{spinner} [{bar:24}] {wide_msg}"
             }
-            None => "{spinner} {msg}",
+            None => "{spinner} {wide_msg}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
             self.0.set_style(style);

@@ -67,6 +67,16 @@ pub(crate) fn node(db: &ClusterDb, of: &Resource) -> Option<String> {
     Some(db.node_name(owner))
 }
 
+/// What is shown of a property's value: not what must stay secret.
+pub(crate) fn shown<'a>(name: &str, value: &'a str) -> &'a str {
+    if name.ends_with("secret") || name.ends_with("password") { "(secret)" } else { value }
+}
+
+/// Properties that are set, without secrets.
+pub(crate) fn shown_properties(of: &Resource) -> BTreeMap<&str, &str> {
+    of.properties.iter().map(|(name, value)| (name.as_str(), shown(name, value))).collect()
+}
+
 /// A row of `csvctl resource list --json`.
 pub(crate) fn row(db: &ClusterDb, of: &Resource) -> Value {
     json!({
@@ -79,7 +89,7 @@ pub(crate) fn row(db: &ClusterDb, of: &Resource) -> Value {
         "reason": of.status.why,
         "want_online": of.want_online,
         "depends": of.depends,
-        "properties": of.properties,
+        "properties": shown_properties(of),
     })
 }
 
@@ -102,7 +112,7 @@ pub(crate) fn properties(set: &BTreeMap<String, String>, of_type: Option<&TypeIn
         let own: Vec<_> = set.iter().filter(|(name, _)| property.names(name)).collect();
         rows.extend(own.iter().map(|(name, value)| Shown {
             name: (*name).clone(),
-            value: Some((*value).clone()),
+            value: Some(shown(name, value).to_owned()),
             set: true,
             what: property.help.clone(),
         }));
@@ -114,7 +124,7 @@ pub(crate) fn properties(set: &BTreeMap<String, String>, of_type: Option<&TypeIn
     let unknown = set.iter().filter(|(name, _)| !known.iter().any(|property| property.names(name)));
     rows.extend(unknown.map(|(name, value)| Shown {
         name: name.clone(),
-        value: Some(value.clone()),
+        value: Some(shown(name, value).to_owned()),
         set: true,
         what: String::new(),
     }));
@@ -289,6 +299,9 @@ mod tests {
         assert_eq!((find("memory_mib").value.as_deref(), find("memory_mib").set), (Some("1024"), false));
         assert_eq!(find("kernel").value, None);
         assert_eq!(rows.iter().filter(|row| row.name == "disk").count(), 1);
+        let secret = BTreeMap::from([("tsig_secret".to_owned(), "c2VjcmV0".to_owned())]);
+        assert_eq!(properties(&secret, None)[0].value.as_deref(), Some("(secret)"));
+        assert_eq!(shown("tsig_secret_file", "/etc/key"), "/etc/key");
         let alone = properties(&set, None);
         assert_eq!(alone.len(), 4);
         assert!(

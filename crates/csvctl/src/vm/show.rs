@@ -177,7 +177,7 @@ pub(super) fn show(config: &LocalConfig, name: &str, json: bool) -> anyhow::Resu
         let more = json!({
             "guest": asked.guest.as_ref().and_then(|guest| guest.as_ref().ok()),
             "guest_error": asked.guest.as_ref().and_then(|guest| guest.as_ref().err()),
-            "properties": of.properties,
+            "properties": resources::shown_properties(of),
             "properties_with_defaults": properties,
             "policy": of.policy,
             "placement": groups::row(&db, group, &asked.waiting),

@@ -79,10 +79,12 @@ impl Beside {
     /// What cannot be had now leaves what there was: it is for people, and the next look asks again.
     fn ask(&mut self, config: &LocalConfig, db: &ClusterDb, name: &str) {
         let Some(group) = db.groups.get(name) else { return };
+        let asks = self.looks.is_multiple_of(ASK_EVERY);
         self.looks = self.looks.wrapping_add(1);
         if !matches!(group.state, GroupState::Releasing { to: Some(_), .. }) {
             self.moving = None;
-        } else if self.looks.is_multiple_of(ASK_EVERY)
+            self.looks = 0;
+        } else if asks
             && let Ok(moving) =
                 admin::ask_typed::<Moving>(config, ClusterRequest::MoveProgress { group: name.to_owned() })
         {
