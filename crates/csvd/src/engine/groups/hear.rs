@@ -19,7 +19,11 @@ impl Driver {
                     let resources = vec![failed.resource];
                     self.later(&local, Input::HostGone { resources, why: failed.why, culprit: None });
                 }
-                asker => self.answered(&failed.resource, asker, hosts::failed(failed.why)),
+                asker @ (Asker::Local(..)
+                | Asker::Arrival(..)
+                | Asker::Leftover(_)
+                | Asker::Outside(_)
+                | Asker::Nobody) => self.answered(&failed.resource, asker, hosts::failed(failed.why)),
             }
         }
     }
