@@ -25,11 +25,11 @@ pub(crate) struct AddArgs {
     /// A property; may be repeated. `csvctl resource types TYPE` lists them.
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     properties: Vec<(String, String)>,
-    #[command(flatten)]
-    common: CommonArgs,
     /// It stays offline until it is ordered online.
     #[arg(long)]
     offline: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 /// Arguments of `csvctl resource set`.
