@@ -14,13 +14,13 @@ PACKAGES=(
     # tests of resource types
     bind9 bind9-dnsutils resource-agents
     # lab, tests, benchmarks, virtual machine demo
-    acl attr busybox-static cpio fio kmod procps psmisc qemu-system-x86 qemu-utils
+    acl attr busybox-static cpio fio kmod procps psmisc qemu-system-x86 qemu-utils xz-utils zstd
 )
 RUST_MIN=1.88
 
 if [[ ${1:-} == guests ]]; then
-    # QEMU's iSCSI initiator; the kernel's package is unpacked.
-    PACKAGES+=(qemu-block-extra dmsetup xz-utils zstd)
+    # QEMU's iSCSI initiator.
+    PACKAGES+=(qemu-block-extra dmsetup)
 fi
 
 # Samba's module catia is in a package of its own up to Debian 12, and in samba itself from 13 on.

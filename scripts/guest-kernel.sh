@@ -1,7 +1,7 @@
 #!/bin/bash
-# Makes a kernel and an initramfs for the guests of `make test-vm` from Debian's kernel package, which is unpacked, not
-# installed: DIR/vmlinux (a plain ELF file, which QEMU starts without a boot loader, in half the time of vmlinuz),
-# DIR/initrd.gz. Does nothing when both are there and as new as this script.
+# Makes a kernel and an initramfs for guests (`make test-vm`, tests of virtual machines) from Debian's kernel package, which
+# is unpacked, not installed: DIR/vmlinux (a plain ELF file, which QEMU starts without a boot loader, in half the time of
+# vmlinuz), DIR/initrd.gz. Does nothing when both are there and as new as this script.
 #
 #   scripts/guest-kernel.sh DIR
 #
@@ -21,7 +21,7 @@ unavailable() { say "$*"; exit 3; }
 [[ $dir/initrd.gz -nt $self && -s $dir/vmlinux ]] && exit 0
 
 # In the order in which they must be loaded; modprobe adds what they depend on.
-COMMON=(virtio_pci virtio_net virtio_blk virtio_console virtio_rng 9pnet_virtio 9p overlay crc32c_generic ext4)
+COMMON=(virtio_pci virtio_net virtio_blk virtio_console virtio_rng 9pnet_virtio 9p overlay crc32c_generic ext4 button evdev)
 NODE=(virtio_scsi sd_mod sg dm_mod fuse)
 STORAGE=(configfs target_core_mod target_core_iblock iscsi_target_mod)
 

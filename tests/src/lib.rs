@@ -12,6 +12,7 @@ pub mod agent;
 pub mod driver;
 pub mod files;
 pub mod fsck;
+pub mod groups;
 pub mod guest;
 pub mod lab;
 pub mod membership;
@@ -20,6 +21,7 @@ pub mod node_agent;
 pub mod ops;
 pub mod rng;
 pub mod tools;
+pub mod vmguest;
 pub mod wait;
 
 /// Are the long versions wanted?

@@ -11,7 +11,7 @@ use std::time::Duration;
 const BUILD_DEADLINE: Duration = Duration::from_secs(1800);
 
 /// The target directory of this build: the test binaries lie in `<target>/<profile>/deps`.
-fn target_dir() -> anyhow::Result<PathBuf> {
+pub(crate) fn target_dir() -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe().context("finding the test's own path")?;
     let dir = exe.ancestors().find(|dir| dir.join("CACHEDIR.TAG").exists());
     dir.map(Path::to_owned).with_context(|| format!("no target directory above {}", exe.display()))
@@ -37,10 +37,18 @@ pub fn csvctl() -> anyhow::Result<PathBuf> {
 /// # Errors
 /// It is not there.
 pub fn agent() -> anyhow::Result<PathBuf> {
+    beside("csv-test-agent")
+}
+
+/// A program of this package, which cargo builds along with the suites.
+///
+/// # Errors
+/// It is not there.
+pub fn beside(name: &str) -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe().context("finding the test's own path")?;
-    let beside = exe.ancestors().skip(1).take(2).map(|dir| dir.join("csv-test-agent"));
+    let beside = exe.ancestors().skip(1).take(2).map(|dir| dir.join(name));
     let found = beside.into_iter().find(|path| path.is_file());
-    found.context("csv-test-agent is not beside the test; build with `cargo test -p csv-tests`")
+    found.with_context(|| format!("{name} is not beside the test; build with `cargo test -p csv-tests`"))
 }
 
 /// A program from crates.io, installed at a fixed version into `target/tools`.

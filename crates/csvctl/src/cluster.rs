@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 /// A stop in good order.
-const STOP_LIMIT: Duration = Duration::from_secs(150);
+const STOP_LIMIT: Duration = Duration::from_secs(240);
 
 /// See the module's text.
 #[derive(Debug, Subcommand)]
@@ -123,7 +123,7 @@ pub(crate) enum NodeCommand {
         #[arg(long)]
         no_wait: bool,
     },
-    /// Stop this node's csvd in good order: its volumes move to other nodes, then its csvfs processes end. The node stays in
+    /// Stop this node's csvd in good order: its groups and volumes move to other nodes, then its csvfs processes end. The node stays in
     /// the cluster, and is back when csvd is started again.
     Stop,
     /// Let a node in again that failed too often.

@@ -33,10 +33,8 @@ pub(crate) fn run(name: &str) -> anyhow::Result<()> {
     };
     let mut failures = Vec::new();
     failures.extend(kill_all(&namespaces).err());
-    for image in ["lun.img", "witness.img"] {
-        for device in lun::attached(&dir.join(image)) {
-            failures.extend(lun::detach(&device).err());
-        }
+    for device in lun::attached(&dir) {
+        failures.extend(lun::detach(&device).err());
     }
     // The bridge's namespace last: its links go with the nodes'.
     for ns in namespaces.iter().rev() {

@@ -44,7 +44,8 @@ pub(super) fn crash(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
 fn take_path(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     let node = lab.node_mut(name)?;
     node.holder_pid = None;
-    for device in [node.lun.take(), node.witness_lun.take()].into_iter().flatten() {
+    let disks = std::mem::take(&mut node.disk_luns).into_values();
+    for device in [node.lun.take(), node.witness_lun.take()].into_iter().flatten().chain(disks) {
         lun::detach(&device)?;
     }
     lab.save()

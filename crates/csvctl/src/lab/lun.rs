@@ -24,8 +24,10 @@ pub(super) fn create_image(path: &Path, bytes: u64, prealloc: bool) -> anyhow::R
         .with_context(|| format!("cannot create {}", path.display()))?;
     rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes).with_context(|| {
         format!(
-            "cannot allocate {bytes} bytes for {}; choose a smaller --size or another --dir",
-            path.display()
+            "cannot allocate {} MiB for {}, where {} are free; choose a smaller size or another --dir",
+            bytes >> 20,
+            path.display(),
+            free(path).map_or("an unknown number of MiB".to_owned(), |free| format!("{} MiB", free >> 20)),
         )
     })?;
     if prealloc {
@@ -40,6 +42,12 @@ pub(super) fn create_image(path: &Path, bytes: u64, prealloc: bool) -> anyhow::R
         file.sync_all()?;
     }
     Ok(())
+}
+
+/// Bytes that are free on the file system of a file that is there.
+fn free(path: &Path) -> Option<u64> {
+    let stat = rustix::fs::statvfs(path).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
 /// A new loop device on the image.
@@ -64,15 +72,14 @@ fn is_direct(device: &Path) -> bool {
     fs::read_to_string(sysfs(device).join("dio")).is_ok_and(|dio| dio.trim() == "1")
 }
 
-/// Loop devices on the image, by the kernel's word.
-pub(super) fn attached(image: &Path) -> Vec<PathBuf> {
+/// Loop devices on images in the directory, also on deleted ones, by the kernel's word.
+pub(super) fn attached(dir: &Path) -> Vec<PathBuf> {
     let Ok(entries) = fs::read_dir("/sys/block") else { return Vec::new() };
     let backing = |name: &str| fs::read_to_string(format!("/sys/block/{name}/loop/backing_file")).ok();
-    let wanted = [image.to_string_lossy().into_owned(), format!("{} (deleted)", image.display())];
     entries
         .filter_map(Result::ok)
         .map(|entry| entry.file_name().to_string_lossy().into_owned())
-        .filter(|name| backing(name).is_some_and(|file| wanted.contains(&file.trim_end().to_owned())))
+        .filter(|name| backing(name).is_some_and(|file| Path::new(file.trim_end()).parent() == Some(dir)))
         .map(|name| Path::new("/dev").join(name))
         .collect()
 }
@@ -101,6 +108,7 @@ pub(super) fn detach(device: &Path) -> anyhow::Result<()> {
 /// Attaches what the nodes with a path lack.
 pub(super) fn attach_nodes(lab: &mut Lab) -> anyhow::Result<()> {
     let (image, witness) = (lab.lun_image(), lab.witness.then(|| lab.witness_image()));
+    let disks: Vec<_> = lab.disks.iter().map(|name| (name.clone(), lab.disk_image(name))).collect();
     let lacks = |device: &Option<PathBuf>| device.as_ref().is_none_or(|device| !sysfs(device).exists());
     for node in &mut lab.nodes {
         if node.path && lacks(&node.lun) {
@@ -110,6 +118,11 @@ pub(super) fn attach_nodes(lab: &mut Lab) -> anyhow::Result<()> {
             && lacks(&node.witness_lun)
         {
             node.witness_lun = Some(attach(witness)?);
+        }
+        for (name, image) in &disks {
+            if lacks(&node.disk_luns.get(name).cloned()) {
+                node.disk_luns.insert(name.clone(), attach(image)?);
+            }
         }
     }
     lab.save()
@@ -134,9 +147,40 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// A shared disk from `SIZE[:NAME]`.
+pub(super) fn parse_disk(text: &str) -> Result<(u64, Option<String>), String> {
+    let (size, name) = match text.split_once(':') {
+        Some((size, name)) => (size, Some(name)),
+        None => (text, None),
+    };
+    if let Some(name) = name {
+        let fine = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+        if name.is_empty() || name.len() > 64 || !name.bytes().all(fine) {
+            return Err(format!("\"{name}\" cannot be a disk's name: 1 to 64 of a-z, A-Z, 0-9, - and _"));
+        }
+    }
+    Ok((parse_size(size)?, name.map(str::to_owned)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn disks() {
+        assert_eq!(parse_disk("512M"), Ok((512 << 20, None)));
+        assert_eq!(parse_disk("1G:data"), Ok((1 << 30, Some("data".to_owned()))));
+        for bad in ["", ":data", "1G:", "1G:a/b", "1G:a b", "1M:data"] {
+            assert!(parse_disk(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_image_too_large_tells_what_is_free() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = format!("{:#}", create_image(&dir.path().join("lun.img"), 1 << 50, false).unwrap_err());
+        assert!(error.contains("1073741824 MiB") && error.contains("MiB are free"), "{error}");
+    }
 
     #[test]
     fn sizes() {

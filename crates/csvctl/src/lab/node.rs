@@ -88,7 +88,7 @@ fn detach_volumes() {
 fn luns(lab: &Lab, node: &LabNode) -> BTreeMap<String, PathBuf> {
     let volume = node.lun.iter().map(|lun| (lab.volume.clone(), lun.clone()));
     let witness = node.witness_lun.iter().map(|lun| (WITNESS.to_owned(), lun.clone()));
-    volume.chain(witness).collect()
+    volume.chain(witness).chain(node.disk_luns.clone()).collect()
 }
 
 /// Writes the node's csv.toml for its present LUN device.

@@ -7,6 +7,7 @@
 use anyhow::{Context, bail};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
@@ -37,6 +38,9 @@ pub(crate) struct Lab {
     /// Has it a disk witness?
     #[serde(default)]
     pub(crate) witness: bool,
+    /// Names of the shared disks besides.
+    #[serde(default)]
+    pub(crate) disks: Vec<String>,
     /// Settings of the cluster that differ from their defaults.
     #[serde(default)]
     pub(crate) settings: Vec<(String, String)>,
@@ -55,6 +59,9 @@ pub(crate) struct LabNode {
     /// The loop device that is its path to the witness LUN, while it has one.
     #[serde(default)]
     pub(crate) witness_lun: Option<PathBuf>,
+    /// The loop devices that are its paths to the lab's disks, by the disk's name, while it has them.
+    #[serde(default)]
+    pub(crate) disk_luns: BTreeMap<String, PathBuf>,
     /// First process of the node, as the host numbers it.
     pub(crate) holder_pid: Option<i32>,
 }
@@ -252,6 +259,10 @@ impl Lab {
 
     pub(crate) fn witness_image(&self) -> PathBuf {
         self.dir.join("witness.img")
+    }
+
+    pub(crate) fn disk_image(&self, disk: &str) -> PathBuf {
+        self.dir.join(format!("disk-{disk}.img"))
     }
 
     pub(crate) fn node_dir(&self, node: &str) -> PathBuf {

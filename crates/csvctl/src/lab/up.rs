@@ -2,11 +2,12 @@
 //!
 //! Whatever step fails, what was made so far is removed again (unless `--keep`), in the same way as by `lab down`.
 
-use super::spec::{self, Lab, LabNode, NODE_DIRS, RegistryLock};
+use super::spec::{self, Lab, LabNode, NODE_DIRS, RegistryLock, WITNESS};
 use super::sys::run_command;
 use super::{cluster, down, lun, net, node, ready};
 use anyhow::{Context, bail};
 use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -61,6 +62,10 @@ pub(crate) struct UpArgs {
     /// With a disk witness: a second small LUN, to which every node has a path.
     #[arg(long)]
     witness: bool,
+    /// A shared disk besides, such as 1G or 1G:data, to which every node has a path; nodes know it by its name [default: disk1,
+    /// disk2, ...].
+    #[arg(long = "disk", value_name = "SIZE[:NAME]", value_parser = lun::parse_disk)]
+    disks: Vec<(u64, Option<String>)>,
     /// Write the whole LUN once, so that benchmarks see no first writes of the host's file system.
     #[arg(long)]
     prealloc: bool,
@@ -152,6 +157,7 @@ fn plan(args: &UpArgs) -> anyhow::Result<Lab> {
         smb_encrypt: args.smb_encrypt,
         settings: args.settings.clone(),
         witness: args.witness,
+        disks: disk_names(args)?,
         nodes: nodes
             .map(|(id, name)| LabNode {
                 name: name.clone(),
@@ -159,10 +165,24 @@ fn plan(args: &UpArgs) -> anyhow::Result<Lab> {
                 path: !no_path.contains(name),
                 lun: None,
                 witness_lun: None,
+                disk_luns: BTreeMap::new(),
                 holder_pid: None,
             })
             .collect(),
     })
+}
+
+/// Names of the disks, in order. Nodes know volume and witness by name, too.
+fn disk_names(args: &UpArgs) -> anyhow::Result<Vec<String>> {
+    let mut names: Vec<String> = Vec::new();
+    for (number, (_, name)) in args.disks.iter().enumerate() {
+        let name = name.clone().unwrap_or_else(|| format!("disk{}", number + 1));
+        if names.contains(&name) || name == args.volume || name == WITNESS {
+            bail!("there is a LUN named \"{name}\" already; choose another name for the disk");
+        }
+        names.push(name);
+    }
+    Ok(names)
 }
 
 fn taken_subnets() -> anyhow::Result<Vec<[u8; 3]>> {
@@ -185,6 +205,9 @@ fn prepare(lock: &RegistryLock, mut lab: Lab, args: &UpArgs, progress: &Progress
     lun::create_image(&lab.lun_image(), args.size, args.prealloc)?;
     if lab.witness {
         lun::create_image(&lab.witness_image(), WITNESS_BYTES, false)?;
+    }
+    for (name, (bytes, _)) in lab.disks.iter().zip(&args.disks) {
+        lun::create_image(&lab.disk_image(name), *bytes, args.prealloc)?;
     }
     progress.set_message(format!("{} on the LUN", args.fs));
     // Through a device of its own, so that no node's device has seen the LUN before the volume was on it.

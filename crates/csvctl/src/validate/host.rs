@@ -146,10 +146,12 @@ fn own_programs() -> Verdict {
     let Some(dir) = std::env::current_exe().ok().and_then(|exe| exe.parent().map(Path::to_path_buf)) else {
         return failed("csvctl does not know where it is", "run it by its full path");
     };
-    let missing: Vec<&str> =
-        ["csvd", "csvfs", "csv-smbc"].into_iter().filter(|name| !dir.join(name).is_file()).collect();
+    let missing: Vec<&str> = ["csvd", "csvfs", "csv-smbc", "csv-rhs"]
+        .into_iter()
+        .filter(|name| !dir.join(name).is_file())
+        .collect();
     if missing.is_empty() {
-        return passed(format!("csvd, csvfs and csv-smbc are in {}", dir.display()));
+        return passed(format!("csvd, csvfs, csv-smbc and csv-rhs are in {}", dir.display()));
     }
     failed(
         format!("{} missing in {}", missing.join(", "), dir.display()),

@@ -117,9 +117,6 @@ impl Driver {
             }
             self.look();
         }
-        if self.finishing {
-            self.hosts.end_all();
-        }
     }
 
     fn now() -> Now {
@@ -471,7 +468,7 @@ impl Driver {
         self.engine.event(subject, crate::engine::forward::local_kind(kind), text);
     }
 
-    fn publish(&self) {
+    fn publish(&mut self) {
         let told: BTreeMap<String, Told> = self
             .driven
             .iter()
@@ -499,6 +496,9 @@ impl Driver {
         }
         let looked = self.standing != Standing::Starting && self.leftovers.all_found();
         let quiet = looked && self.driven.is_empty() && self.incoming.is_empty() && !self.anything_left();
+        if quiet && self.finishing {
+            self.hosts.end_all();
+        }
         groups.quiet.send_if_modified(|was| std::mem::replace(was, quiet) != quiet);
     }
 

@@ -58,8 +58,9 @@ impl Driver {
         if driven.leaving {
             return;
         }
+        let has_machines = config.resources.values().any(|resource| resource.kind == MACHINE);
         let live = match (to, how) {
-            (Some(to), MoveKind::Live) => Some((to, machines(&config))),
+            (Some(to), MoveKind::Live) if has_machines => Some((to, machines(&config))),
             (Some(_) | None, MoveKind::Live | MoveKind::Quick | MoveKind::Shutdown) => None,
         };
         match live {

@@ -1,0 +1,285 @@
+//! Groups and resources of a lab's cluster: made, ordered about, waited for.
+
+use crate::lab::Lab;
+use crate::{membership, wait};
+use anyhow::{Context as _, bail, ensure};
+use csv_cluster::db::{
+    ClusterDb, Command, Group, GroupPolicy, GroupState, MoveCause, MoveKind, NewResource, Resource,
+    ResourceChange, ResourcePolicy, ResourceState,
+};
+use csv_types::NodeId;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// A resource to be made, with what its type and group need; the rest is as it is by default.
+#[must_use]
+pub fn resource(group: &str, name: &str, kind: &str, properties: &[(&str, &str)]) -> NewResource {
+    NewResource {
+        name: name.to_owned(),
+        kind: kind.to_owned(),
+        group: group.to_owned(),
+        properties: properties.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect(),
+        depends: String::new(),
+        possible: Vec::new(),
+        policy: ResourcePolicy::default(),
+        checkpoints: Vec::new(),
+        want_online: true,
+    }
+}
+
+/// Where groups are asked about: csvd of a node.
+#[derive(Debug, Clone, Copy)]
+pub struct Groups<'a> {
+    lab: &'a Lab,
+    node: &'a str,
+}
+
+impl<'a> Groups<'a> {
+    /// By csvd of that node.
+    #[must_use]
+    pub fn of(lab: &'a Lab, node: &'a str) -> Groups<'a> {
+        Groups { lab, node }
+    }
+
+    /// Sends csvd a request about the cluster.
+    ///
+    /// # Errors
+    /// It cannot be asked, or refuses.
+    pub fn ask(&self, what: &Value) -> anyhow::Result<Value> {
+        let answer = membership::ask(self.lab, self.node, &json!({ "request": "cluster", "what": what }))?;
+        Ok(answer["data"].clone())
+    }
+
+    /// The database as the node has it.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn db(&self) -> anyhow::Result<ClusterDb> {
+        Ok(serde_json::from_value(self.ask(&json!({ "cluster": "db" }))?)?)
+    }
+
+    /// Sends a command for the database.
+    ///
+    /// # Errors
+    /// It is refused.
+    pub fn command(&self, command: &Command) -> anyhow::Result<()> {
+        self.ask(&json!({ "cluster": "command", "command": command })).map(drop)
+    }
+
+    /// A node's number.
+    ///
+    /// # Errors
+    /// There is none of that name.
+    pub fn number(&self, node: &str) -> anyhow::Result<NodeId> {
+        self.db()?.node_by_name(node).map(|node| node.id).with_context(|| format!("no node {node}"))
+    }
+
+    /// Makes a group.
+    ///
+    /// # Errors
+    /// Refused.
+    pub fn add(&self, name: &str, policy: GroupPolicy) -> anyhow::Result<()> {
+        self.command(&Command::GroupAdd { name: name.to_owned(), policy })
+    }
+
+    /// Makes a group that prefers those nodes.
+    ///
+    /// # Errors
+    /// Refused; no such node.
+    pub fn add_at(&self, name: &str, nodes: &[&str]) -> anyhow::Result<()> {
+        let preferred = nodes.iter().map(|node| self.number(node)).collect::<anyhow::Result<_>>()?;
+        self.add(name, GroupPolicy { preferred, ..GroupPolicy::default() })
+    }
+
+    /// Makes a resource.
+    ///
+    /// # Errors
+    /// Refused.
+    pub fn add_resource(&self, resource: NewResource) -> anyhow::Result<()> {
+        self.command(&Command::ResourceAdd { resource })
+    }
+
+    /// Changes a property, or removes it.
+    ///
+    /// # Errors
+    /// Refused.
+    pub fn set(&self, resource: &str, key: &str, value: Option<&str>) -> anyhow::Result<()> {
+        let properties = BTreeMap::from([(key.to_owned(), value.map(str::to_owned))]);
+        let change = ResourceChange { properties, ..ResourceChange::default() };
+        self.command(&Command::ResourceSet { name: resource.to_owned(), change })
+    }
+
+    /// Wants a group online, and waits until it is.
+    ///
+    /// # Errors
+    /// Refused, or not in time.
+    pub fn online(&self, group: &str, deadline: Duration) -> anyhow::Result<Group> {
+        self.command(&Command::GroupOnline { name: group.to_owned() })?;
+        self.wait_online(group, deadline)
+    }
+
+    /// Takes a group offline, and waits until it is.
+    ///
+    /// # Errors
+    /// Refused, or not in time.
+    pub fn offline(&self, group: &str, deadline: Duration) -> anyhow::Result<()> {
+        self.command(&Command::GroupOffline {
+            name: group.to_owned(),
+            reason: "a suite wants it so".into(),
+        })?;
+        self.wait(group, "to be offline", deadline, |group| matches!(group.state, GroupState::Offline { .. }))
+            .map(drop)
+    }
+
+    /// Has a group moved.
+    ///
+    /// # Errors
+    /// Refused.
+    pub fn start_move(&self, group: &str, to: &str, how: MoveKind) -> anyhow::Result<()> {
+        let db = self.db()?;
+        let generation = group_of(&db, group)?.generation;
+        let to = db.node_by_name(to).map(|node| node.id).with_context(|| format!("no node {to}"))?;
+        self.command(&Command::GroupRelease {
+            name: group.to_owned(),
+            generation,
+            to: Some(to),
+            how,
+            reason: "a suite wants it there".into(),
+            cause: MoveCause::Order,
+        })
+    }
+
+    /// Moves a group, and waits until it is online there.
+    ///
+    /// # Errors
+    /// Refused, or not in time.
+    pub fn move_to(&self, group: &str, to: &str, how: MoveKind, deadline: Duration) -> anyhow::Result<()> {
+        self.start_move(group, to, how)?;
+        self.wait_online_at(group, to, deadline)
+    }
+
+    /// The group.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn group(&self, name: &str) -> anyhow::Result<Group> {
+        group_of(&self.db()?, name).cloned()
+    }
+
+    /// The resource.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn resource(&self, name: &str) -> anyhow::Result<Resource> {
+        self.db()?.resources.remove(name).with_context(|| format!("there is no resource {name}"))
+    }
+
+    /// Name of the node that has the group.
+    ///
+    /// # Errors
+    /// Nobody has it.
+    pub fn owner(&self, group: &str) -> anyhow::Result<String> {
+        let db = self.db()?;
+        let owner = group_of(&db, group)?.owner.with_context(|| format!("nobody has {group}"))?;
+        Ok(db.node_name(owner))
+    }
+
+    /// Waits until the group is so.
+    ///
+    /// # Errors
+    /// Not in time, with how it and its resources are then.
+    pub fn wait(
+        &self,
+        group: &str,
+        what: &str,
+        deadline: Duration,
+        is_so: impl Fn(&Group) -> bool,
+    ) -> anyhow::Result<Group> {
+        let reached = wait::until(&format!("group {group} {what}"), deadline, || {
+            Ok(Some(self.group(group)?).filter(&is_so))
+        });
+        reached.with_context(|| self.describe(group))
+    }
+
+    /// Waits until the group is online.
+    ///
+    /// # Errors
+    /// Not in time.
+    pub fn wait_online(&self, group: &str, deadline: Duration) -> anyhow::Result<Group> {
+        self.wait(group, "to be online", deadline, |group| group.state == GroupState::Online)
+    }
+
+    /// Waits until the group is online on that node.
+    ///
+    /// # Errors
+    /// Not in time.
+    pub fn wait_online_at(&self, group: &str, node: &str, deadline: Duration) -> anyhow::Result<()> {
+        let number = self.number(node)?;
+        self.wait(group, &format!("to be online on {node}"), deadline, |group| {
+            group.state == GroupState::Online && group.owner == Some(number)
+        })
+        .map(drop)
+    }
+
+    /// Waits until the resource is in that state.
+    ///
+    /// # Errors
+    /// Not in time.
+    pub fn wait_resource(
+        &self,
+        name: &str,
+        state: ResourceState,
+        deadline: Duration,
+    ) -> anyhow::Result<Resource> {
+        wait::until(&format!("resource {name} to be {state}"), deadline, || {
+            let resource = self.resource(name)?;
+            let status = &resource.status;
+            ensure!(status.state == state, "it is {} ({})", status.state, status.why);
+            Ok(Some(resource))
+        })
+    }
+
+    /// What a resource answers to a verb of its type.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub fn control(&self, resource: &str, verb: &str, arguments: &Value) -> anyhow::Result<Value> {
+        self.ask(&json!({ "cluster": "control", "resource": resource, "verb": verb, "arguments": arguments }))
+    }
+
+    /// Which node could have the group, and which rule stops the others.
+    ///
+    /// # Errors
+    /// It cannot be asked.
+    pub fn candidates(&self, group: &str) -> anyhow::Result<BTreeMap<String, (bool, String)>> {
+        let answer = self.ask(&json!({ "cluster": "candidates", "group": group }))?;
+        let rows = answer.as_array().context("no rows")?;
+        let row = |row: &Value| {
+            let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+            (text("node"), (row["fit"] == true, text("why")))
+        };
+        Ok(rows.iter().map(row).collect())
+    }
+
+    /// How a group and its resources are, for messages.
+    #[must_use]
+    pub fn describe(&self, group: &str) -> String {
+        let Ok(db) = self.db() else { return format!("{} does not answer", self.node) };
+        let Ok(of) = group_of(&db, group) else { return format!("there is no group {group}") };
+        let owner = of.owner.map_or_else(|| "nobody".to_owned(), |owner| db.node_name(owner));
+        let mut text = format!("group {group} at {owner}: {:?}", of.state);
+        for resource in db.resources.values().filter(|resource| resource.group == group) {
+            let status = &resource.status;
+            text.push_str(&format!("\n  {} is {} ({})", resource.name, status.state, status.why));
+        }
+        text
+    }
+}
+
+fn group_of<'a>(db: &'a ClusterDb, name: &str) -> anyhow::Result<&'a Group> {
+    match db.groups.get(name) {
+        Some(group) => Ok(group),
+        None => bail!("there is no group {name}"),
+    }
+}

@@ -1,0 +1,317 @@
+//! Virtual machines as resources: QEMU (without KVM) on three nodes, with guests that keep a journal on the cluster's volume.
+//!
+//! A node loses power: its machine runs again elsewhere, and its disk has every line that the guest had synced. Machines
+//! move while they run, again and again, and when their node is drained, and stay where they are when a move fails. What
+//! cannot run says why.
+
+use anyhow::{Context as _, ensure};
+use csv_cluster::db::{GroupState, MoveKind, NewResource, ResourceState};
+use csv_tests::groups::{self, Groups};
+use csv_tests::lab::{Lab, MOUNT};
+use csv_tests::vmguest::{Guest, MEMORY_MIB, Machine, standstill};
+use csv_tests::wait;
+use std::time::{Duration, Instant};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+/// For a guest without KVM to boot, several at a time.
+const BOOT: Duration = Duration::from_secs(90);
+/// From the power cut until the machine runs again on another node.
+const FAILOVER_MAX: Duration = Duration::from_secs(10);
+/// How long a machine stands still in a live migration.
+const STANDSTILL_MAX: Duration = Duration::from_secs(1);
+
+fn up(suite: &str) -> anyhow::Result<(Lab, Guest)> {
+    let guest = Guest::make()?;
+    Ok((Lab::up_with(suite, "ext4", &["--size", "512M", "--all-paths"])?, guest))
+}
+
+/// A machine's resource, in a group of its name.
+fn resource(machine: &Machine) -> NewResource {
+    let (memory, disk) = (MEMORY_MIB.to_string(), machine.image());
+    let more = machine.properties();
+    let mut properties = vec![("disk", disk.as_str()), ("memory_mib", memory.as_str())];
+    properties.extend(more.iter().map(|(key, value)| (*key, value.as_str())));
+    groups::resource(machine.name(), machine.name(), "VirtualMachine", &properties)
+}
+
+/// A machine that counts on a node.
+fn start(lab: &Lab, guest: &Guest, node: &str, name: &str) -> anyhow::Result<Machine> {
+    let machine = Machine::make(lab, guest, node, name)?;
+    let groups = Groups::of(lab, node);
+    groups.add_at(name, &[node])?;
+    groups.add_resource(resource(&machine))?;
+    groups.online(name, DEADLINE)?;
+    groups.wait_online_at(name, node, DEADLINE)?;
+    Ok(machine)
+}
+
+/// Shuts the guest down by its power button and looks at its disk: clean, every synced line there, started so often.
+fn end(lab: &Lab, node: &str, machine: &Machine, boots: u64) -> anyhow::Result<()> {
+    let unmounted = machine.console.unmounted();
+    Groups::of(lab, node).offline(machine.name(), DEADLINE)?;
+    ensure!(machine.console.unmounted() > unmounted, "{} was not shut down in good order", machine.name());
+    let journal = machine.journal(lab, node)?;
+    let synced = machine.check_durable(&journal)?;
+    let last = journal.last().map_or(0, |line| line.boot);
+    ensure!(last == boots, "{} was started {last} times, not {boots}", machine.name());
+    println!(
+        "{}: {boots} boots, {} lines in its journal, all {synced} synced ones among them",
+        machine.name(),
+        journal.len()
+    );
+    Ok(())
+}
+
+/// Number of the machine's QEMU on its node.
+fn qemu(groups: Groups<'_>, machine: &Machine) -> anyhow::Result<u64> {
+    let status = groups.control(machine.name(), "status", &serde_json::json!({}))?;
+    status["pid"].as_u64().with_context(|| format!("{} has no QEMU: {status}", machine.name()))
+}
+
+/// One node after the other loses power, the last one that which coordinates the volume.
+#[test]
+fn machines_of_a_crashed_node_run_again() -> anyhow::Result<()> {
+    let (lab, guest) = up("vmcrash")?;
+    let machines = ["n1", "n2", "n3"].map(|node| start(&lab, &guest, node, &format!("vm-{node}")));
+    let machines: Vec<Machine> = machines.into_iter().collect::<anyhow::Result<_>>()?;
+    let mut boots = [1, 1, 1];
+    for machine in &machines {
+        machine.console.wait_boot(1, BOOT)?;
+    }
+    let groups = Groups::of(&lab, "n1");
+    let home = |machine: &Machine| groups.owner(machine.name());
+    for crashed in ["n3", "n2"] {
+        ensure!(lab.owner("n1")? == "n2", "n2 does not coordinate the volume");
+        let (gone, others): (Vec<usize>, Vec<usize>) = {
+            let homes: Vec<String> = machines.iter().map(home).collect::<anyhow::Result<_>>()?;
+            (0..machines.len()).partition(|index| homes[*index] == crashed)
+        };
+        ensure!(!gone.is_empty(), "{crashed} has no machine");
+        let untouched: Vec<u64> =
+            others.iter().map(|index| qemu(groups, &machines[*index])).collect::<anyhow::Result<_>>()?;
+        machines[gone[0]].console.wait_more(4, DEADLINE)?;
+        let began = Instant::now();
+        lab.lab("crash", &[crashed])?;
+        let cut = began.elapsed();
+        for index in &gone {
+            let machine = &machines[*index];
+            let number = groups.number(crashed)?;
+            groups.wait(machine.name(), "to run elsewhere", DEADLINE, |group| {
+                group.state == GroupState::Online && group.owner != Some(number)
+            })?;
+            let took = began.elapsed();
+            boots[*index] += 1;
+            println!(
+                "{crashed} lost power (done after {} ms): {} runs on {} after {} ms",
+                cut.as_millis(),
+                machine.name(),
+                home(machine)?,
+                took.as_millis()
+            );
+            ensure!(took < FAILOVER_MAX, "{} took {} ms to run again", machine.name(), took.as_millis());
+        }
+        for index in &gone {
+            machines[*index].console.wait_boot(boots[*index], BOOT)?;
+        }
+        let now: Vec<u64> =
+            others.iter().map(|index| qemu(groups, &machines[*index])).collect::<anyhow::Result<_>>()?;
+        ensure!(now == untouched, "other machines were touched: QEMUs {untouched:?}, now {now:?}");
+        lab.lab("restart", &[crashed])?;
+        lab.wait_mode(crashed, "direct")?;
+        lab.move_volume("n2")?;
+    }
+    for (machine, boots) in machines.iter().zip(boots) {
+        machine.console.check(boots)?;
+        end(&lab, "n1", machine, boots)?;
+    }
+    lab.finish()
+}
+
+/// Twenty moves around the nodes, a drain, moves that fail.
+#[test]
+fn machines_move_while_they_run() -> anyhow::Result<()> {
+    let (lab, guest) = up("vmmove")?;
+    let machine = start(&lab, &guest, "n1", "vm")?;
+    machine.console.wait_boot(1, BOOT)?;
+    around(&lab, &machine, if csv_tests::full() { 60 } else { 20 })?;
+    let second = start(&lab, &guest, "n1", "second")?;
+    second.console.wait_boot(1, BOOT)?;
+    drain(&lab, &[&machine, &second])?;
+    failed_moves(&lab, &machine)?;
+    machine.console.check(1)?;
+    for machine in [&machine, &second] {
+        end(&lab, "n1", machine, 1)?;
+    }
+    lab.finish()
+}
+
+fn around(lab: &Lab, machine: &Machine, moves: usize) -> anyhow::Result<()> {
+    let (groups, console) = (Groups::of(lab, "n1"), &machine.console);
+    console.wait_more(3, DEADLINE)?;
+    let mut worst = Duration::ZERO;
+    for number in 0..moves {
+        let to = ["n2", "n3", "n1"][number % 3];
+        let began = Instant::now();
+        groups.move_to(machine.name(), to, MoveKind::Live, DEADLINE)?;
+        let (over, took) = (Instant::now(), began.elapsed());
+        console.wait_more(3, DEADLINE)?;
+        let seen = console.seen();
+        let still = standstill(&seen, began, over)?;
+        let gap = seen.windows(2).filter(|two| two[1].at > began).map(|two| two[1].at - two[0].at).max();
+        println!(
+            "live migration {} to {to}: {} ms, stood still for {} ms, at most {} ms between two lines",
+            number + 1,
+            took.as_millis(),
+            still.as_millis(),
+            gap.unwrap_or_default().as_millis()
+        );
+        ensure!(still < STANDSTILL_MAX, "the machine stood still for {} ms", still.as_millis());
+        console.check(1)?;
+        worst = worst.max(still);
+    }
+    println!("{moves} live migrations, no line missed, the longest stand-still {} ms", worst.as_millis());
+    let group = groups.group(machine.name())?;
+    ensure!(group.failures.is_empty() && group.failovers.is_empty(), "something failed: {group:?}");
+    Ok(())
+}
+
+/// Both machines leave their node while they run.
+fn drain(lab: &Lab, machines: &[&Machine]) -> anyhow::Result<()> {
+    let groups = Groups::of(lab, "n1");
+    for machine in machines {
+        if groups.owner(machine.name())? != "n1" {
+            groups.move_to(machine.name(), "n1", MoveKind::Live, DEADLINE)?;
+        }
+        machine.console.wait_more(2, DEADLINE)?;
+    }
+    let began = Instant::now();
+    lab.ctl("n1", &["node", "drain", "n1"])?;
+    let (over, took) = (Instant::now(), began.elapsed());
+    for machine in machines {
+        let owner = groups.owner(machine.name())?;
+        ensure!(owner != "n1", "{} is still on n1", machine.name());
+        groups.wait_online(machine.name(), DEADLINE)?;
+        machine.console.wait_more(3, DEADLINE)?;
+        machine.console.check(1)?;
+        let still = standstill(&machine.console.seen(), began, over)?;
+        println!(
+            "drain of n1 in {} ms: {} went to {owner}, stood still for {} ms",
+            took.as_millis(),
+            machine.name(),
+            still.as_millis()
+        );
+        ensure!(still < STANDSTILL_MAX, "{} stood still for {} ms", machine.name(), still.as_millis());
+    }
+    lab.ctl("n1", &["node", "resume", "n1"]).map(drop)
+}
+
+/// The machine that waits for the memory is killed; then the node that it waits on. The one that runs goes on.
+fn failed_moves(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
+    let groups = Groups::of(lab, "n1");
+    let name = machine.name();
+    if groups.owner(name)? != "n1" {
+        groups.move_to(name, "n1", MoveKind::Live, DEADLINE)?;
+    }
+    // Slow, so that there is a middle.
+    groups.set(name, "migration_bandwidth_mib", Some("4"))?;
+    let running = qemu(groups, machine)?;
+    for (what, node) in [("QEMU", "n2"), ("power", "n3")] {
+        let generation = groups.group(name)?.generation;
+        groups.start_move(name, node, MoveKind::Live)?;
+        let waits = format!("pgrep -x vm-{name}");
+        wait::until(&format!("QEMU on {node}"), DEADLINE, || {
+            Ok(lab.exec(node, &["sh", "-c", &waits], DEADLINE)?.status.success().then_some(()))
+        })?;
+        let moving = wait::until("the move to be under way", DEADLINE, || {
+            let progress = groups.ask(&serde_json::json!({ "cluster": "move-progress", "group": name }))?;
+            Ok(progress["percent"].as_u64().filter(|percent| *percent > 0).map(|_| progress))
+        })?;
+        if what == "QEMU" {
+            lab.sh(node, &format!("pkill -KILL -x vm-{name}"))?;
+        } else {
+            lab.lab("crash", &[node])?;
+        }
+        let began = Instant::now();
+        let group = groups.wait_online(name, DEADLINE)?;
+        ensure!(
+            groups.owner(name)? == "n1" && group.generation == generation,
+            "it is not where it was: {group:?}"
+        );
+        println!(
+            "{what} of the target killed in the move ({moving}): {name} is as before after {} ms",
+            began.elapsed().as_millis()
+        );
+        ensure!(qemu(groups, machine)? == running, "{name} runs in another QEMU");
+        machine.console.wait_more(4, DEADLINE)?;
+        machine.console.check(1)?;
+        if what == "power" {
+            lab.lab("restart", &[node])?;
+            lab.wait_mode(node, "direct")?;
+        }
+    }
+    // And nothing keeps it from moving afterwards.
+    groups.set(name, "migration_bandwidth_mib", None)?;
+    groups.move_to(name, "n2", MoveKind::Live, DEADLINE)?;
+    machine.console.wait_more(2, DEADLINE)?;
+    machine.console.check(1)
+}
+
+/// No memory for it anywhere; an image that is not there; an image that another machine has.
+#[test]
+fn what_cannot_run_says_why() -> anyhow::Result<()> {
+    let (lab, guest) = up("vmbad")?;
+    let groups = Groups::of(&lab, "n1");
+    let machine = start(&lab, &guest, "n1", "good")?;
+    machine.console.wait_boot(1, BOOT)?;
+    no_capacity(&lab, &machine)?;
+    for (name, disk, words) in [
+        ("missing", format!("{MOUNT}/none.img"), ["none.img", "no such file"]),
+        ("taken", machine.image(), ["good.img", "in use"]),
+    ] {
+        groups
+            .add(name, csv_cluster::db::GroupPolicy { failover_threshold: Some(0), ..Default::default() })?;
+        let mut vm = NewResource { group: name.into(), name: name.into(), ..resource(&machine) };
+        vm.properties.insert("disk".into(), disk);
+        vm.properties.insert("serial".into(), "none".into());
+        vm.possible = vec![groups.number("n2")?];
+        vm.policy.restart_threshold = 0;
+        groups.add_resource(vm)?;
+        groups.command(&csv_cluster::db::Command::GroupOnline { name: name.into() })?;
+        let resource = groups.wait_resource(name, ResourceState::Failed, DEADLINE)?;
+        let why = resource.status.why;
+        println!("{name}: {why}");
+        for word in words {
+            ensure!(why.to_lowercase().contains(word), "\"{why}\" does not say \"{word}\"");
+        }
+        groups.offline(name, DEADLINE)?;
+    }
+    machine.console.wait_more(2, DEADLINE)?;
+    end(&lab, "n1", &machine, 1)?;
+    lab.finish()
+}
+
+fn no_capacity(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
+    let groups = Groups::of(lab, "n1");
+    groups.add("big", Default::default())?;
+    let mut vm = NewResource { group: "big".into(), name: "big".into(), ..resource(machine) };
+    vm.properties.insert("disk".into(), format!("{MOUNT}/big.img"));
+    vm.properties.insert("memory_mib".into(), "1048576".into());
+    vm.possible = vec![groups.number("n1")?, groups.number("n2")?];
+    groups.add_resource(vm)?;
+    lab.ctl("n1", &["node", "pause", "n2"])?;
+    groups.command(&csv_cluster::db::Command::GroupOnline { name: "big".into() })?;
+    let told = wait::until("the manager to say why big waits", DEADLINE, || {
+        let waiting = groups.ask(&serde_json::json!({ "cluster": "groups-waiting" }))?;
+        Ok(waiting["big"].as_str().map(str::to_owned))
+    })?;
+    println!("big waits: {told}");
+    let candidates = groups.candidates("big")?;
+    for (node, word) in [("n1", "memory"), ("n2", "paused"), ("n3", "possible")] {
+        let (fit, why) = candidates.get(node).with_context(|| format!("nothing about {node}"))?;
+        println!("big on {node}: {why}");
+        ensure!(!fit && why.to_lowercase().contains(word), "{node}: {why}");
+    }
+    ensure!(matches!(groups.group("big")?.state, GroupState::Offline { .. }), "{}", groups.describe("big"));
+    lab.ctl("n1", &["node", "resume", "n2"])?;
+    groups.offline("big", DEADLINE)
+}
