@@ -22,7 +22,9 @@ const STANDSTILL_MAX: Duration = Duration::from_secs(1);
 
 fn up(suite: &str) -> anyhow::Result<(Lab, Guest)> {
     let guest = Guest::make()?;
-    Ok((Lab::up_with(suite, "ext4", &["--size", "512M", "--all-paths"])?, guest))
+    // A new cluster would wait for nodes that its groups prefer.
+    let args = ["--size", "512M", "--all-paths", "--set", "group_settle_ms=0"];
+    Ok((Lab::up_with(suite, "ext4", &args)?, guest))
 }
 
 /// A machine's resource, in a group of its name.
