@@ -8,7 +8,7 @@ CSVCTL := target/release/csvctl
 # Labs are made of namespaces, mounts and loop devices.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E env PATH=$(PATH))
 
-.PHONY: help build lab lab-down vm-demo bench test test-unit test-e2e test-vm check deps
+.PHONY: help build lab lab-down vm-demo bench man test test-unit test-e2e test-vm check deps
 
 help:
 	@echo "make lab        cluster of three nodes, a VM booted on two of them, short benchmark; the lab stays up"
@@ -19,6 +19,7 @@ help:
 	@echo "make check      format, lints and documentation only"
 	@echo "make bench      full benchmark, report in out/bench.html"
 	@echo "make build      release build of all programs"
+	@echo "make man        manual pages of csvctl, in out/man"
 
 deps:
 	@scripts/deps.sh
@@ -45,6 +46,9 @@ vm-demo: build
 bench: build
 	@mkdir -p out
 	@$(SUDO) $(CSVCTL) bench --html out/bench.html --out out/bench.json
+
+man: build
+	@$(CSVCTL) man out/man
 
 check: deps
 	$(CARGO) fmt --all --check

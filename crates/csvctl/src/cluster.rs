@@ -3,25 +3,22 @@
 use crate::admin::{self, Target};
 use crate::args::{key_value, on_off};
 use crate::balance;
+use crate::drain;
 use crate::names::node_id;
 use crate::output::{rfc3339, table, tick};
 use crate::witness;
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use csv_cluster::db::{Command, Settings, Witness};
-use csv_types::NodeId;
 use csv_types::admin::{ClusterRequest, Request};
 use csv_types::config::LocalConfig;
 use csvd::status::ClusterStatus;
 use indicatif::ProgressBar;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// How long to wait for something to leave a node that is drained; virtual machines with much memory take their time.
-const DRAIN_LIMIT: Duration = Duration::from_secs(600);
 /// A stop in good order.
 const STOP_LIMIT: Duration = Duration::from_secs(240);
-const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// See the module's text.
 #[derive(Debug, Subcommand)]
@@ -108,17 +105,17 @@ pub(crate) enum ClusterCommand {
 pub(crate) enum NodeCommand {
     /// All nodes.
     List,
-    /// Give a node no volumes any more; those it has stay.
+    /// Give a node no volumes and groups any more; those it has stay.
     Pause {
         /// Name of the node.
         node: String,
     },
-    /// Give a node volumes again.
+    /// Give a node volumes and groups again.
     Resume {
         /// Name of the node.
         node: String,
     },
-    /// Move everything away from a node, and give it nothing.
+    /// Move all volumes and groups away from a node, and give it nothing.
     Drain {
         /// Name of the node.
         node: String,
@@ -286,40 +283,8 @@ pub(crate) fn run_node(command: NodeCommand, target: &Target, json: bool) -> any
         NodeCommand::Drain { node, no_wait } => {
             let id = find(&node)?;
             admin::command(&config, &Command::NodePause { node: id, drain: true })?;
-            if no_wait { Ok(()) } else { wait_drained(&config, id, &node) }
+            if no_wait { Ok(()) } else { drain::wait(&config, id, &node) }
         }
-    }
-}
-
-fn wait_drained(config: &LocalConfig, id: NodeId, name: &str) -> anyhow::Result<()> {
-    let bar = waiting("groups and volumes move away");
-    let (mut deadline, mut before) = (Instant::now() + DRAIN_LIMIT, usize::MAX);
-    loop {
-        let db = admin::database(config)?;
-        let (volumes, groups) = (db.volumes_of(id), db.groups_of(id));
-        let left = volumes.len() + groups.len();
-        if left == 0 {
-            bar.finish_and_clear();
-            return Ok(());
-        }
-        if left < before {
-            (deadline, before) = (Instant::now() + DRAIN_LIMIT, left);
-        }
-        bar.set_message(format!(
-            "{} groups and {} volumes are still to move away",
-            groups.len(),
-            volumes.len()
-        ));
-        bar.tick();
-        if Instant::now() >= deadline {
-            let all: Vec<&str> = volumes.into_iter().chain(groups).collect();
-            bail!(
-                "{name} still has {}: is there another node that is Up, has a path to the LUN and room for the virtual \
-                 machines? `csvctl group candidates GROUP` says what keeps a group",
-                all.join(", ")
-            );
-        }
-        std::thread::sleep(LOOK_EVERY);
     }
 }
 

@@ -8,6 +8,7 @@ mod args;
 mod balance;
 mod bench;
 mod cluster;
+mod drain;
 mod events;
 mod group;
 mod lab;
@@ -136,6 +137,10 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 mod tests {
     use super::*;
 
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split(' ')).map(|cli| cli.command)
+    }
+
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
@@ -143,5 +148,74 @@ mod tests {
         assert!(matches!(cli.command, Command::Lab(lab::LabCommand::Exec(_))));
         let cli = Cli::try_parse_from(["csvctl", "--lab", "x", "volume", "state", "--json"]).unwrap();
         assert!(cli.json && cli.lab.as_deref() == Some("x"));
+    }
+
+    #[test]
+    fn groups_resources_and_machines_are_commands() {
+        for line in [
+            "csvctl group list --json",
+            "csvctl group show g",
+            "csvctl group add g --preferred n1,n2 --persistent on --priority high --start-after a,b",
+            "csvctl group set g --failover-threshold default --failover-period 6h --failback 22:00-04:00",
+            "csvctl group set g --anti-affinity dc:hard,web --move-kind quick",
+            "csvctl group remove g",
+            "csvctl group online g --no-wait",
+            "csvctl group offline g --no-wait",
+            "csvctl group move g --to n2 --quick --no-wait",
+            "csvctl group maintenance g on",
+            "csvctl group candidates g",
+            "csvctl resource list --group g",
+            "csvctl resource show r",
+            "csvctl resource add r --group g --type IPAddress --set address=10.0.0.5/24 --offline --possible n1,n2",
+            "csvctl resource set r --unset label --depends [a] --checkpoint /etc/x --group h --retry-after never",
+            "csvctl resource remove r",
+            "csvctl resource online r --no-wait",
+            "csvctl resource offline r --no-wait",
+            "csvctl resource control r holders {}",
+            "csvctl resource types VirtualMachine",
+            "csvctl resource type-add T --library /usr/lib/t.so --property a --required b",
+            "csvctl resource type-remove T",
+            "csvctl vm list",
+            "csvctl vm show v",
+            "csvctl vm add v --disk /a --disk /b --memory 2048 --cpus 2 --set nic=user --node n1 --start",
+            "csvctl vm remove v",
+            "csvctl vm start v",
+            "csvctl vm stop v --save",
+            "csvctl vm move v --live",
+            "csvctl vm control v pause",
+            "csvctl cluster balance --dry-run",
+            "csvctl man /tmp/man",
+        ] {
+            assert!(parse(line).is_ok(), "{line}: {}", parse(line).unwrap_err());
+        }
+        for line in [
+            "csvctl group move g --live --quick",
+            "csvctl vm stop v --save --kill",
+            "csvctl group maintenance g maybe",
+            "csvctl resource add r --type IPAddress",
+            "csvctl cluster balance --dry-run --no-wait",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_command_has_its_manual_page_and_its_completion() {
+        let dir = tempfile::tempdir().unwrap();
+        let count = man::write(Cli::command(), &dir.path().join("man")).unwrap();
+        let pages = std::fs::read_dir(dir.path().join("man")).unwrap().count();
+        assert_eq!(count, pages, "each page is a file of its own");
+        let read = |page: &str| std::fs::read_to_string(dir.path().join("man").join(page)).unwrap();
+        assert!(read("csvctl-vm-add.1").contains("OPTION"), "{}", read("csvctl-vm-add.1"));
+        assert!(read("csvctl-group-set.1").contains("anti\\-affinity"));
+        assert!(read("csvctl.1").contains("csvctl\\-group(1)"));
+        let mut script = Vec::new();
+        clap_complete::generate(clap_complete::Shell::Bash, &mut Cli::command(), "csvctl", &mut script);
+        let script = String::from_utf8(script).unwrap();
+        for word in
+            ["--anti-affinity", "maintenance", "type-add", "--separate-monitor", "live quick shutdown"]
+        {
+            assert!(script.contains(word), "{word}");
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What people and programs read: plain tables, times, progress.
 
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 use std::time::Duration;
 
 /// Lets a progress bar move by itself, where that is possible: after csvctl has entered a node of a lab, its children
@@ -11,6 +11,41 @@ pub(crate) fn tick(bar: &ProgressBar) {
         bar.enable_steady_tick(Duration::from_millis(100));
     } else {
         bar.tick();
+    }
+}
+
+/// A spinner with text, which has a bar while there is something to measure. Whoever waits shows it at every look, since nothing
+/// else moves it inside a node of a lab.
+#[derive(Debug)]
+pub(crate) struct Bar(ProgressBar);
+
+impl Bar {
+    pub(crate) fn new() -> Bar {
+        let bar = ProgressBar::new_spinner();
+        tick(&bar);
+        Bar(bar)
+    }
+
+    pub(crate) fn show(&self, text: String, percent: Option<u8>) {
+        let template = match percent {
+            Some(percent) => {
+                self.0.set_length(100);
+                self.0.set_position(u64::from(percent.min(100)));
+                // As wide as the terminal: a line that is broken cannot be drawn anew.
+                "{spinner} [{bar:24}] {wide_msg}"
+            }
+            None => "{spinner} {wide_msg}",
+        };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            self.0.set_style(style);
+        }
+        self.0.set_message(text);
+        self.0.tick();
+    }
+
+    /// Nothing of it stays on the screen.
+    pub(crate) fn clear(&self) {
+        self.0.finish_and_clear();
     }
 }
 

@@ -145,8 +145,4 @@ impl Bed {
         let reason = "no heartbeat".into();
         self.ok(Command::NodeDown { node: n(node), incarnation, reason, planned: false });
     }
-
-    pub(crate) fn last_event(&self) -> u64 {
-        self.db.events.next - 1
-    }
 }

@@ -5,7 +5,7 @@
 //! connection at a time counts: a new one takes over, what the former asked is answered to nobody.
 //!
 //! **Lease.** A host may keep its resources online only while csvd says so: every [`ToHost::Lease`] gives it that much
-//! time from the moment of its arrival. When the time is over (csvd is gone, or cut off from the majority, so that another
+//! time from the moment at which it was said. When the time is over (csvd is gone, or cut off from the majority, so that another
 //! node may start the same resources) the host terminates everything, tells so when somebody connects, and ends nothing else.
 //!
 //! **Calls** are numbered by csvd, and answered once each. A call for a resource whose thread is busy waits for its turn,
@@ -45,8 +45,12 @@ pub enum ToHost {
     },
     /// See the module. Answered with [`FromHost::Beat`], by a thread that no resource can hold up.
     Lease {
-        /// From now on, in milliseconds.
+        /// From the moment at which it was said, in milliseconds.
         for_ms: u64,
+        /// That moment, by CLOCK_BOOTTIME in milliseconds: a message that was long on its way extends nothing. Without, it is
+        /// that of its arrival.
+        #[serde(default)]
+        at_boot_ms: Option<u64>,
     },
     /// Answered with [`FromHost::Beat`], as `Lease`, whose end it does not change.
     Ping,

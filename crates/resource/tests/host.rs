@@ -83,6 +83,19 @@ fn a_lease_that_is_over_ends_everything_and_is_told_later_too() {
 }
 
 #[test]
+fn a_lease_counts_from_when_it_was_said() {
+    let node = Node::new();
+    let rhs = node.start("shared");
+    open_online(&rhs, &["a"]);
+    // Ten seconds long, and eleven on its way.
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let now_ms = u64::try_from(now.tv_sec).unwrap() * 1000;
+    rhs.say(ToHost::Lease { for_ms: 10_000, at_boot_ms: Some(now_ms - 11_000) });
+    assert_eq!(rhs.lease_over(), []);
+    assert!(!node.path("run/test/a").exists());
+}
+
+#[test]
 fn a_lease_ends_without_anybody_connected() {
     let node = Node::new();
     let rhs = node.start("shared");
@@ -308,7 +321,7 @@ fn a_new_connection_takes_over() {
     assert!(first.host.is_running());
     second.call("a", Entry::Online);
     assert_eq!(second.control("a", "count"), 1, "what the first asked for was done once");
-    assert!(first.host.say(&ToHost::Lease { for_ms: 1 }).is_err());
+    assert!(first.host.say(&ToHost::Lease { for_ms: 1, at_boot_ms: None }).is_err());
     first.leave();
     second.call("a", Entry::IsAlive);
 }

@@ -11,10 +11,18 @@ use crate::names;
 use crate::wait::{self, Goal, Watch};
 use anyhow::bail;
 use clap::Subcommand;
-use csv_cluster::db::{Applied, ClusterDb, Command, GroupPolicy};
+use csv_cluster::db::{Applied, Command, GroupPolicy};
 use csv_types::config::LocalConfig;
 use moves::MoveOptions;
 use policy::PolicyArgs;
+
+/// How the end of an order is told.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Told<'a> {
+    pub(crate) json: bool,
+    /// The virtual machine that was meant, if not the group.
+    pub(crate) machine: Option<&'a str>,
+}
 
 /// Reason of what an administrator orders.
 pub(crate) const ORDERED: &str = "an administrator ordered it";
@@ -97,6 +105,7 @@ pub(crate) enum GroupCommand {
 /// Carries the command out.
 pub(crate) fn run(command: GroupCommand, target: &Target, json: bool) -> anyhow::Result<()> {
     let config = target.enter()?;
+    let told = Told { json, machine: None };
     match command {
         GroupCommand::List => show::list(&config, json),
         GroupCommand::Show { name } => show::show(&config, &name, json),
@@ -110,9 +119,9 @@ pub(crate) fn run(command: GroupCommand, target: &Target, json: bool) -> anyhow:
         }
         GroupCommand::Set { name, policy } => set(&config, &name, policy),
         GroupCommand::Remove { name } => admin::command(&config, &Command::GroupRemove { name }),
-        GroupCommand::Online { name, no_wait } => online(&config, &name, no_wait, json),
-        GroupCommand::Offline { name, no_wait } => offline(&config, &name, no_wait, json),
-        GroupCommand::Move { name, options } => moves::run(&config, &name, &options, json),
+        GroupCommand::Online { name, no_wait } => online(&config, &name, no_wait, told),
+        GroupCommand::Offline { name, no_wait } => offline(&config, &name, no_wait, told),
+        GroupCommand::Move { name, options } => moves::run(&config, &name, &options, told),
         GroupCommand::Maintenance { name, switch } => {
             admin::command(&config, &Command::GroupMaintenance { name, on: switch.is_on() })
         }
@@ -131,7 +140,7 @@ fn set(config: &LocalConfig, name: &str, policy: PolicyArgs) -> anyhow::Result<(
 }
 
 /// Orders a group online and waits for it.
-pub(crate) fn online(config: &LocalConfig, name: &str, no_wait: bool, json: bool) -> anyhow::Result<()> {
+pub(crate) fn online(config: &LocalConfig, name: &str, no_wait: bool, told: Told<'_>) -> anyhow::Result<()> {
     let db = admin::database(config)?;
     let group = names::group(&db, name)?;
     if !names::resources_of(&db, name).any(|resource| resource.want_online) {
@@ -143,11 +152,11 @@ pub(crate) fn online(config: &LocalConfig, name: &str, no_wait: bool, json: bool
     if no_wait {
         return Ok(());
     }
-    finish(config, Watch::new(&db, group, Goal::Online, applied != Applied::Unchanged), json)
+    finish(config, Watch::new(&db, group, Goal::Online, applied != Applied::Unchanged), told)
 }
 
 /// Orders a group offline and waits for it.
-pub(crate) fn offline(config: &LocalConfig, name: &str, no_wait: bool, json: bool) -> anyhow::Result<()> {
+pub(crate) fn offline(config: &LocalConfig, name: &str, no_wait: bool, told: Told<'_>) -> anyhow::Result<()> {
     let db = admin::database(config)?;
     let group = names::group(&db, name)?;
     let reason = ORDERED.to_owned();
@@ -155,23 +164,24 @@ pub(crate) fn offline(config: &LocalConfig, name: &str, no_wait: bool, json: boo
     if no_wait {
         return Ok(());
     }
-    finish(config, Watch::new(&db, group, Goal::Offline, applied != Applied::Unchanged), json)
+    finish(config, Watch::new(&db, group, Goal::Offline, applied != Applied::Unchanged), told)
 }
 
-/// Waits, then says how the group is.
-pub(crate) fn finish(config: &LocalConfig, watch: Watch, json: bool) -> anyhow::Result<()> {
+/// Waits, then says how the group, or the machine that was meant, is.
+pub(crate) fn finish(config: &LocalConfig, watch: Watch, told: Told<'_>) -> anyhow::Result<()> {
     let db = wait::until(config, watch.clone())?;
     wait::notes(&db, &watch);
-    told(&db, &watch.group, json)
-}
-
-fn told(db: &ClusterDb, name: &str, json: bool) -> anyhow::Result<()> {
-    let group = names::group(db, name)?;
-    if json {
-        let row = show::row(db, group, &csvd::groups::Waiting::new());
-        println!("{}", serde_json::to_string_pretty(&row)?);
-    } else {
-        println!("group {name} is {}", wait::place(db, group));
+    let nothing = csvd::groups::Waiting::new();
+    let group = names::group(&db, &watch.group)?;
+    match (told.machine, told.json) {
+        (Some(name), _) => crate::vm::tell(&db, name, told.json),
+        (None, true) => {
+            println!("{}", serde_json::to_string_pretty(&show::row(&db, group, &nothing))?);
+            Ok(())
+        }
+        (None, false) => {
+            println!("group {} is {}", group.name, wait::place(&db, group));
+            Ok(())
+        }
     }
-    Ok(())
 }

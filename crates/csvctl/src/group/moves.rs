@@ -1,6 +1,6 @@
 //! `csvctl group move`, and what else moves groups.
 
-use super::{ORDERED, finish};
+use super::{ORDERED, Told, finish};
 use crate::admin;
 use crate::names;
 use crate::wait::{Goal, Watch};
@@ -58,7 +58,12 @@ pub(crate) struct Order {
 }
 
 /// Orders a move and waits for it.
-pub(crate) fn run(config: &LocalConfig, name: &str, options: &MoveOptions, json: bool) -> anyhow::Result<()> {
+pub(crate) fn run(
+    config: &LocalConfig,
+    name: &str,
+    options: &MoveOptions,
+    told: Told<'_>,
+) -> anyhow::Result<()> {
     let db = admin::database(config)?;
     let group = names::group(&db, name)?;
     let rows = candidates(config, name)?;
@@ -70,7 +75,7 @@ pub(crate) fn run(config: &LocalConfig, name: &str, options: &MoveOptions, json:
     }
     let order = Order { to, how: options.how.kind(), cause: MoveCause::Order, reason: ORDERED.to_owned() };
     let watch = give(config, &db, group, order)?;
-    if options.no_wait { Ok(()) } else { finish(config, watch, json) }
+    if options.no_wait { Ok(()) } else { finish(config, watch, told) }
 }
 
 /// Orders a move of a group as the database has it.

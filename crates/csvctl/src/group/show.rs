@@ -179,8 +179,13 @@ fn facts(db: &ClusterDb, group: &Group, waiting: &Waiting) -> Vec<Vec<String>> {
     if let Some(last) = group.last_owner.filter(|last| group.owner != Some(*last)) {
         facts.push(("last owner", db.node_name(last)));
     }
-    if group.displaced && group.owner.is_some() {
-        facts.push(("place", "chosen by the cluster; see failback below".to_owned()));
+    let first = group.policy.preferred.first();
+    if let Some(first) =
+        first.filter(|first| group.displaced && group.owner.is_some_and(|owner| owner != **first))
+    {
+        let text =
+            format!("not its most preferred ({}); when it goes back says failback", db.node_name(*first));
+        facts.push(("place", text));
     }
     facts.into_iter().map(|(key, value)| vec![key.to_owned(), value]).collect()
 }

@@ -156,7 +156,12 @@ pub(super) fn set(config: &LocalConfig, args: SetArgs) -> anyhow::Result<()> {
     let change = args.into_change(&db, old)?;
     let keys: Vec<String> = change.properties.keys().cloned().collect();
     admin::command(config, &Command::ResourceSet { name: old.name.clone(), change })?;
-    if old.status.state != ResourceState::Offline && !keys.is_empty() {
+    // One that has failed is tried again with what it was given.
+    let there = match old.status.state {
+        ResourceState::Online | ResourceState::OnlinePending | ResourceState::OfflinePending => true,
+        ResourceState::Offline | ResourceState::Failed | ResourceState::Unknown => false,
+    };
+    if there && !keys.is_empty() {
         // Only to say when it takes effect; it is changed already.
         let info = types::ask(config, Some(&old.kind)).ok();
         let later = later(&keys, info.as_ref().and_then(|types| types.first()));

@@ -67,6 +67,16 @@ pub(crate) fn node(db: &ClusterDb, of: &Resource) -> Option<String> {
     Some(db.node_name(owner))
 }
 
+/// What is shown of a property's value: not what must stay secret.
+pub(crate) fn shown<'a>(name: &str, value: &'a str) -> &'a str {
+    if name.ends_with("secret") || name.ends_with("password") { "(secret)" } else { value }
+}
+
+/// Properties that are set, without secrets.
+pub(crate) fn shown_properties(of: &Resource) -> BTreeMap<&str, &str> {
+    of.properties.iter().map(|(name, value)| (name.as_str(), shown(name, value))).collect()
+}
+
 /// A row of `csvctl resource list --json`.
 pub(crate) fn row(db: &ClusterDb, of: &Resource) -> Value {
     json!({
@@ -79,7 +89,7 @@ pub(crate) fn row(db: &ClusterDb, of: &Resource) -> Value {
         "reason": of.status.why,
         "want_online": of.want_online,
         "depends": of.depends,
-        "properties": of.properties,
+        "properties": shown_properties(of),
     })
 }
 
@@ -102,7 +112,7 @@ pub(crate) fn properties(set: &BTreeMap<String, String>, of_type: Option<&TypeIn
         let own: Vec<_> = set.iter().filter(|(name, _)| property.names(name)).collect();
         rows.extend(own.iter().map(|(name, value)| Shown {
             name: (*name).clone(),
-            value: Some((*value).clone()),
+            value: Some(shown(name, value).to_owned()),
             set: true,
             what: property.help.clone(),
         }));
@@ -114,7 +124,7 @@ pub(crate) fn properties(set: &BTreeMap<String, String>, of_type: Option<&TypeIn
     let unknown = set.iter().filter(|(name, _)| !known.iter().any(|property| property.names(name)));
     rows.extend(unknown.map(|(name, value)| Shown {
         name: name.clone(),
-        value: Some(value.clone()),
+        value: Some(shown(name, value).to_owned()),
         set: true,
         what: String::new(),
     }));
@@ -122,11 +132,11 @@ pub(crate) fn properties(set: &BTreeMap<String, String>, of_type: Option<&TypeIn
 }
 
 pub(crate) fn properties_table(rows: &[Shown]) -> String {
-    let mut cells = vec![["PROPERTY", "VALUE", "", "WHAT"].map(str::to_owned).to_vec()];
+    let mut cells = vec![["PROPERTY", "VALUE", "IS"].map(str::to_owned).to_vec()];
     for row in rows {
         let from = if row.set { "set" } else { "default" }.to_owned();
         let value = row.value.clone().unwrap_or_else(|| "-".to_owned());
-        cells.push(vec![row.name.clone(), value, from, row.what.clone()]);
+        cells.push(vec![row.name.clone(), value, from]);
     }
     table(&cells)
 }
@@ -182,6 +192,7 @@ fn text(db: &ClusterDb, of: &Resource, waiting: &Waiting, info: Option<&TypeInfo
     let mut text = table(&pairs);
     if !rows.is_empty() {
         text += &format!("\n{}", properties_table(&rows));
+        text += &format!("`csvctl resource types {}` says what each does\n", of.kind);
     }
     let policy: Vec<Vec<String>> = policy_rows(of, info);
     text + &format!("\npolicy\n{}", table(&policy))
@@ -288,6 +299,9 @@ mod tests {
         assert_eq!((find("memory_mib").value.as_deref(), find("memory_mib").set), (Some("1024"), false));
         assert_eq!(find("kernel").value, None);
         assert_eq!(rows.iter().filter(|row| row.name == "disk").count(), 1);
+        let secret = BTreeMap::from([("tsig_secret".to_owned(), "c2VjcmV0".to_owned())]);
+        assert_eq!(properties(&secret, None)[0].value.as_deref(), Some("(secret)"));
+        assert_eq!(shown("tsig_secret_file", "/etc/key"), "/etc/key");
         let alone = properties(&set, None);
         assert_eq!(alone.len(), 4);
         assert!(

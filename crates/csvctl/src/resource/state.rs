@@ -72,7 +72,9 @@ fn finish(config: &LocalConfig, watch: Watch, name: &str, json: bool) -> anyhow:
     if json {
         println!("{}", serde_json::to_string_pretty(&super::show::row(&db, resource))?);
     } else {
-        let on = super::show::node(&db, resource).map_or_else(String::new, |node| format!(" on {node}"));
+        let node =
+            super::show::node(&db, resource).filter(|_| resource.status.state != ResourceState::Offline);
+        let on = node.map_or_else(String::new, |node| format!(" on {node}"));
         println!("resource {name} is {}{on}", resource.status.state);
     }
     Ok(())

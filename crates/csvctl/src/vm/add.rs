@@ -2,7 +2,7 @@
 
 use crate::admin;
 use crate::args::{key_value, unique};
-use crate::group::{self, policy::PolicyArgs};
+use crate::group::{self, Told, policy::PolicyArgs};
 use crate::names::{MACHINE, node_id};
 use anyhow::{Context, bail};
 use csv_cluster::db::{ClusterDb, Command, GroupPolicy, NewResource, ResourcePolicy};
@@ -113,7 +113,8 @@ pub(super) fn run(config: &LocalConfig, args: AddArgs, json: bool) -> anyhow::Re
         return Err(error.context(format!("the virtual machine {name} cannot be made ({left})")));
     }
     if args.start {
-        return group::online(config, &name, args.no_wait, json);
+        let told = Told { json, machine: Some(&name) };
+        return group::online(config, &name, args.no_wait, told);
     }
     println!("virtual machine {name} is there; `csvctl vm start {name}` starts it");
     Ok(())

@@ -6,11 +6,14 @@ mod power;
 mod show;
 
 use crate::admin::{self, Target};
+use crate::group::Told;
 use crate::group::moves::{self, MoveOptions};
 use crate::names;
 use crate::resource::{self, VerbArgs};
 use clap::Subcommand;
 use csv_types::config::LocalConfig;
+
+pub(crate) use show::tell;
 
 /// See the module's text.
 #[derive(Debug, Subcommand)]
@@ -82,7 +85,7 @@ pub(crate) fn run(command: VmCommand, target: &Target, json: bool) -> anyhow::Re
         VmCommand::Stop { name, how, no_wait } => power::stop(&config, &name, how, no_wait, json),
         VmCommand::Move { name, options } => {
             let group = group_of(&config, &name)?;
-            moves::run(&config, &group, &options, json)
+            moves::run(&config, &group, &options, Told { json, machine: Some(&name) })
         }
         VmCommand::Control { name, verb } => {
             group_of(&config, &name)?;

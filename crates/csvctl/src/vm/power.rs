@@ -1,7 +1,7 @@
 //! `csvctl vm start`, `stop` and `remove`.
 
 use crate::admin;
-use crate::group;
+use crate::group::{self, Told};
 use crate::names::{self, MACHINE, resources_of};
 use crate::resource;
 use anyhow::{Context, bail};
@@ -49,7 +49,7 @@ pub(super) fn start(config: &LocalConfig, name: &str, no_wait: bool, json: bool)
     if !machine.want_online {
         admin::command(config, &Command::ResourceOnline { name: name.to_owned() })?;
     }
-    group::online(config, &machine.group, no_wait, json)
+    group::online(config, &machine.group, no_wait, Told { json, machine: Some(name) })
 }
 
 /// Stops it, its group with it unless another machine is in it.
@@ -75,7 +75,7 @@ pub(super) fn stop(
     if neighbour(&db, machine).is_some() {
         return resource::offline(config, name, no_wait, json);
     }
-    group::offline(config, &machine.group, no_wait, json)
+    group::offline(config, &machine.group, no_wait, Told { json, machine: Some(name) })
 }
 
 /// Is there a guest, or something of it?

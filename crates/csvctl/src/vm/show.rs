@@ -7,6 +7,7 @@ use crate::names::{self, dash, machines};
 use crate::output::{rfc3339, table};
 use crate::resource::{self, show as resources, types};
 use csv_cluster::db::{ClusterDb, Group, GroupState, Resource, ResourceState};
+use csv_types::NodeId;
 use csv_types::admin::ClusterRequest;
 use csv_types::config::LocalConfig;
 use csvd::groups::{Candidate, MoveProgress, Moving, Waiting};
@@ -53,7 +54,7 @@ fn list_table(db: &ClusterDb, waiting: &Waiting, moves: &Moves) -> String {
         cells.push(vec![
             of.name.clone(),
             dash(resources::node(db, of).unwrap_or_default()),
-            state(db, of),
+            state_words(db, of),
             format!("{} MiB", of.memory_mib()),
             of.cpus().to_string(),
             dash(doing(db, of, waiting, moves)),
@@ -66,14 +67,14 @@ fn group_of<'a>(db: &'a ClusterDb, of: &Resource) -> Option<&'a Group> {
     db.groups.get(&of.group)
 }
 
-/// State of a machine, in the words of machines.
-fn state(db: &ClusterDb, of: &Resource) -> String {
+/// State of a machine, in a word of machines.
+fn state(db: &ClusterDb, of: &Resource) -> &'static str {
     let group = group_of(db, of);
     if group.is_some_and(|group| group.owner.is_some() && !db.group_owner_stands(group)) {
-        return "node lost".to_owned();
+        return "lost";
     }
-    if let Some(GroupState::Releasing { to: Some(to), .. }) = group.map(|group| &group.state) {
-        return format!("moving to {}", db.node_name(*to));
+    if moving_to(db, of).is_some() {
+        return "moving";
     }
     match of.status.state {
         ResourceState::Online => "running",
@@ -83,7 +84,20 @@ fn state(db: &ClusterDb, of: &Resource) -> String {
         ResourceState::Failed => "failed",
         ResourceState::Unknown => "unknown",
     }
-    .to_owned()
+}
+
+/// Where its group goes.
+fn moving_to(db: &ClusterDb, of: &Resource) -> Option<NodeId> {
+    let group = group_of(db, of).filter(|group| db.group_owner_stands(group))?;
+    if let GroupState::Releasing { to, .. } = &group.state { *to } else { None }
+}
+
+/// State with where it goes.
+fn state_words(db: &ClusterDb, of: &Resource) -> String {
+    match moving_to(db, of) {
+        Some(to) => format!("moving to {}", db.node_name(to)),
+        None => state(db, of).to_owned(),
+    }
 }
 
 /// What it is doing, or why it is as it is.
@@ -111,12 +125,26 @@ fn row(db: &ClusterDb, of: &Resource, waiting: &Waiting, moves: &Moves) -> Value
         "group": of.group,
         "node": resources::node(db, of),
         "state": state(db, of),
+        "moving_to": moving_to(db, of).map(|node| db.node_name(node)),
         "since": rfc3339(of.status.since_unix_ms),
         "memory_mib": of.memory_mib(),
         "cpus": of.cpus(),
         "doing": doing(db, of, waiting, moves),
         "percent": moves.get(&of.group).and_then(|progress| progress.percent),
     })
+}
+
+/// How a machine is after an order.
+pub(crate) fn tell(db: &ClusterDb, name: &str, json: bool) -> anyhow::Result<()> {
+    let of = names::machine(db, name)?;
+    if json {
+        let row = row(db, of, &Waiting::new(), &Moves::new());
+        println!("{}", serde_json::to_string_pretty(&row)?);
+    } else {
+        let on = resources::node(db, of).map_or_else(String::new, |node| format!(" on {node}"));
+        println!("virtual machine {name} is {}{on}", state_words(db, of));
+    }
+    Ok(())
 }
 
 /// What a machine is asked for `csvctl vm show`.
@@ -149,7 +177,7 @@ pub(super) fn show(config: &LocalConfig, name: &str, json: bool) -> anyhow::Resu
         let more = json!({
             "guest": asked.guest.as_ref().and_then(|guest| guest.as_ref().ok()),
             "guest_error": asked.guest.as_ref().and_then(|guest| guest.as_ref().err()),
-            "properties": of.properties,
+            "properties": resources::shown_properties(of),
             "properties_with_defaults": properties,
             "policy": of.policy,
             "placement": groups::row(&db, group, &asked.waiting),
@@ -162,7 +190,8 @@ pub(super) fn show(config: &LocalConfig, name: &str, json: bool) -> anyhow::Resu
         return Ok(());
     }
     print!("{}", head(&db, of, &asked));
-    println!("\n{}", resources::properties_table(&properties).trim_end());
+    print!("\n{}", resources::properties_table(&properties));
+    println!("`csvctl resource types {}` says what each does", of.kind);
     print!("{}", groups::place(&db, group, &asked.candidates));
     Ok(())
 }
@@ -170,7 +199,7 @@ pub(super) fn show(config: &LocalConfig, name: &str, json: bool) -> anyhow::Resu
 fn head(db: &ClusterDb, of: &Resource, asked: &Asked) -> String {
     let mut facts = vec![
         ("vm", of.name.clone()),
-        ("state", format!("{} since {}", state(db, of), groups::since(of.status.since_unix_ms))),
+        ("state", format!("{} since {}", state_words(db, of), groups::since(of.status.since_unix_ms))),
         ("node", dash(resources::node(db, of).unwrap_or_default())),
     ];
     let doing = doing(db, of, &asked.waiting, &asked.moves);

@@ -49,7 +49,8 @@ fn coming(db: &ClusterDb, group: &Group) -> String {
 fn going(db: &ClusterDb, group: &Group) -> String {
     let all: Vec<_> = resources_of(db, &group.name).collect();
     let left: Vec<_> = all.iter().filter(|of| of.status.state != ResourceState::Offline).collect();
-    let mut text = format!(", {} of {} offline", all.len() - left.len(), all.len());
+    let gone = all.len() - left.len();
+    let mut text = if gone == 0 { String::new() } else { format!(", {gone} of {} offline", all.len()) };
     if let Some(of) = left.iter().find(|of| super::is_pending(of.status.state)) {
         text += &format!("; {}", shown(&of.name, &of.status.why));
     }

@@ -1,14 +1,13 @@
 //! Looks every [`LOOK_EVERY`] and shows how far it is.
 
-use super::{Look, Verdict, Watch, progress};
+use super::{Goal, Look, Verdict, Watch, progress};
 use crate::admin;
-use crate::output::tick;
+use crate::output::Bar;
 use anyhow::{Context, anyhow};
 use csv_cluster::db::{ClusterDb, Event, EventKind, GroupState, Level};
 use csv_types::admin::ClusterRequest;
 use csv_types::config::LocalConfig;
 use csvd::groups::{MoveProgress, Moving, Waiting};
-use indicatif::{ProgressBar, ProgressStyle};
 use std::time::{Duration, Instant};
 
 const LOOK_EVERY: Duration = Duration::from_millis(200);
@@ -24,7 +23,7 @@ const AWAY_MAX: Duration = Duration::from_secs(20);
 pub(crate) fn until(config: &LocalConfig, watch: Watch) -> anyhow::Result<ClusterDb> {
     let bar = Bar::new();
     let result = looks(config, watch, &bar);
-    bar.bar.finish_and_clear();
+    bar.clear();
     result
 }
 
@@ -49,7 +48,8 @@ fn looks(config: &LocalConfig, mut watch: Watch, bar: &Bar) -> anyhow::Result<Cl
                     Verdict::Wait => {}
                 }
                 if let Some(group) = db.groups.get(&watch.group) {
-                    bar.show(progress::text(look, group));
+                    let (text, percent) = progress::text(look, group);
+                    bar.show(text, percent);
                 }
             }
             Err(error) if heard.elapsed() >= AWAY_MAX => {
@@ -61,7 +61,7 @@ fn looks(config: &LocalConfig, mut watch: Watch, bar: &Bar) -> anyhow::Result<Cl
                     )
                 });
             }
-            Err(_) => bar.show(("csvd does not answer; it may be starting anew".to_owned(), None)),
+            Err(_) => bar.show("csvd does not answer; it may be starting anew".to_owned(), None),
         }
         std::thread::sleep(LOOK_EVERY);
     }
@@ -79,10 +79,12 @@ impl Beside {
     /// What cannot be had now leaves what there was: it is for people, and the next look asks again.
     fn ask(&mut self, config: &LocalConfig, db: &ClusterDb, name: &str) {
         let Some(group) = db.groups.get(name) else { return };
+        let asks = self.looks.is_multiple_of(ASK_EVERY);
         self.looks = self.looks.wrapping_add(1);
         if !matches!(group.state, GroupState::Releasing { to: Some(_), .. }) {
             self.moving = None;
-        } else if self.looks.is_multiple_of(ASK_EVERY)
+            self.looks = 0;
+        } else if asks
             && let Ok(moving) =
                 admin::ask_typed::<Moving>(config, ClusterRequest::MoveProgress { group: name.to_owned() })
         {
@@ -96,50 +98,32 @@ impl Beside {
     }
 }
 
-/// A spinner with text, and a bar as soon as there is something to measure.
-struct Bar {
-    bar: ProgressBar,
-}
-
-impl Bar {
-    fn new() -> Bar {
-        let bar = ProgressBar::new_spinner();
-        tick(&bar);
-        Bar { bar }
-    }
-
-    fn show(&self, (text, percent): (String, Option<u8>)) {
-        let template = match percent {
-            Some(percent) => {
-                self.bar.set_length(100);
-                self.bar.set_position(u64::from(percent.min(100)));
-                "{spinner} {msg} [{bar:30}] {pos} %"
-            }
-            None => "{spinner} {msg}",
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            self.bar.set_style(style);
-        }
-        self.bar.set_message(text);
-        // Nothing else moves it inside a node of a lab.
-        self.bar.tick();
-    }
-}
-
 /// Writes to standard error what the cluster noted about the group since the event: that it did not go as ordered, or what does not
 /// work as it should.
 pub(crate) fn notes(db: &ClusterDb, watch: &Watch) {
-    for event in noted(db, &watch.group, watch.event) {
+    for event in noted(db, watch) {
         eprintln!("note: {}", event.message);
     }
 }
 
-fn noted<'a>(db: &'a ClusterDb, group: &str, after: u64) -> impl Iterator<Item = &'a Event> {
-    db.events.after(after).filter(move |event| {
+/// Events reach the database later than they happened, so those from before the order are left out by their time.
+fn noted<'a>(db: &'a ClusterDb, watch: &'a Watch) -> impl Iterator<Item = &'a Event> {
+    let group = &watch.group;
+    let ordered = db.events.after(watch.event).find(|event| event.subject == *group);
+    let since_unix_ms = ordered.map_or(0, |event| event.at_unix_ms);
+    let (moves, ends) = match watch.goal {
+        Goal::Moved(_) => (true, false),
+        Goal::Offline | Goal::ResourceOffline(_) => (false, true),
+        Goal::Online | Goal::ResourceOnline(_) => (false, false),
+    };
+    let is = |event: &Event, kind: EventKind| event.id == kind.id();
+    db.events.after(watch.event).filter(move |event| {
         let own =
-            event.subject == group || db.resources.get(&event.subject).is_some_and(|of| of.group == group);
-        let noted = event.id == EventKind::ResourceNote.id() && event.subject == group;
-        own && (noted || event.level >= Level::Warning)
+            event.subject == *group || db.resources.get(&event.subject).is_some_and(|of| of.group == *group);
+        let note = moves && event.subject == *group && is(event, EventKind::ResourceNote);
+        // What goes offline need not work.
+        let expected = ends && (is(event, EventKind::GroupFailed) || is(event, EventKind::GroupPartial));
+        own && event.at_unix_ms >= since_unix_ms && (note || (event.level >= Level::Warning && !expected))
     })
 }
 
@@ -150,14 +134,17 @@ mod tests {
     use csv_cluster::db::{Command, NewEvent};
 
     #[test]
-    fn what_was_noted_about_the_group_since_then_is_told() {
+    fn what_was_noted_about_the_group_since_the_order_is_told() {
         let mut bed = Bed::nodes(2);
         bed.machine("vm", 1);
         bed.machine("other", 1);
-        let after = bed.last_event();
-        let event = |kind: EventKind, subject: &str, message: &str| NewEvent {
+        let before = bed.db.clone();
+        let watch = |goal| Watch::new(&before, &before.groups["vm"], goal, true);
+        bed.release("vm", 2);
+        let ordered = bed.now;
+        let event = |kind: EventKind, subject: &str, at_unix_ms: u64, message: &str| NewEvent {
             id: kind.id(),
-            at_unix_ms: 0,
+            at_unix_ms,
             node: None,
             subject: subject.into(),
             level: kind.level(),
@@ -165,13 +152,20 @@ mod tests {
         };
         bed.ok(Command::EventAdd {
             events: vec![
-                event(EventKind::ResourceNote, "vm", "it is saved and resumed"),
-                event(EventKind::ResourceNote, "other", "something else"),
-                event(EventKind::ResourceWarning, "vm", "its disk is slow"),
-                event(EventKind::ResourceOnline, "vm", "it is online"),
+                event(EventKind::ResourceNote, "vm", ordered - 1, "it was paused before"),
+                event(EventKind::ResourceNote, "vm", ordered + 1, "it is saved and resumed"),
+                event(EventKind::ResourceNote, "other", ordered + 1, "something else"),
+                event(EventKind::ResourceWarning, "vm", ordered + 2, "its disk is slow"),
+                event(EventKind::GroupPartial, "vm", ordered + 2, "it is partial"),
+                event(EventKind::ResourceOnline, "vm", ordered + 2, "it is online"),
             ],
         });
-        let told: Vec<&str> = noted(&bed.db, "vm", after).map(|event| event.message.as_str()).collect();
-        assert_eq!(told, ["it is saved and resumed", "its disk is slow"]);
+        let told = |goal| -> Vec<String> {
+            noted(&bed.db, &watch(goal)).map(|event| event.message.clone()).collect()
+        };
+        let moved = told(Goal::Moved(crate::testbed::n(2)));
+        assert_eq!(moved, ["it is saved and resumed", "its disk is slow", "it is partial"]);
+        assert_eq!(told(Goal::Offline), ["its disk is slow"]);
+        assert_eq!(told(Goal::Online), ["its disk is slow", "it is partial"]);
     }
 }

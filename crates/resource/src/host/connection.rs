@@ -129,8 +129,8 @@ impl Reader {
         match said {
             // Handled before.
             ToHost::Hello { .. } => {}
-            ToHost::Lease { for_ms } => {
-                self.shared.lease.grant(Duration::from_millis(for_ms));
+            ToHost::Lease { for_ms, at_boot_ms } => {
+                self.shared.lease.grant(Duration::from_millis(for_ms), at_boot_ms.map(Duration::from_millis));
                 self.shared.outbox.answer(self.number, FromHost::Beat { stuck: self.shared.stuck() });
             }
             ToHost::Ping => {

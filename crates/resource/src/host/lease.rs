@@ -38,9 +38,10 @@ fn now() -> Duration {
 }
 
 impl Lease {
-    /// From csvd: this long from now.
-    pub(crate) fn grant(&self, length: Duration) {
-        self.inner.lock().until = Some(now().saturating_add(length));
+    /// From csvd: this long from when it was said.
+    pub(crate) fn grant(&self, length: Duration, said_at: Option<Duration>) {
+        let from = said_at.map_or_else(now, |said_at| said_at.min(now()));
+        self.inner.lock().until = Some(from.saturating_add(length));
         self.changed.notify_all();
     }
 

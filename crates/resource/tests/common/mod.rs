@@ -138,7 +138,7 @@ impl Rhs {
     }
 
     pub fn lease(&self, for_ms: u64) -> Vec<csv_resource::protocol::Stuck> {
-        self.say(ToHost::Lease { for_ms });
+        self.say(ToHost::Lease { for_ms, at_boot_ms: None });
         self.wait("a beat", |said| match said {
             FromHost::Beat { stuck } => Some(stuck.clone()),
             _ => None,

@@ -57,7 +57,7 @@ fn rows_for_programs_have_single_words() {
 fn show_has_everything() {
     let mut bed = bed();
     bed.want("db");
-    bed.assign("db", 2);
+    bed.assign("db", 1);
     let states = [
         ("disk", ResourceState::Failed, "reserved by n9"),
         ("app", ResourceState::Offline, "waits for [disk]"),
@@ -69,7 +69,7 @@ fn show_has_everything() {
         reason: "no other".into(),
     });
     let rows = [
-        Candidate { node: "n2".into(), fit: true, why: "it failed there".into() },
+        Candidate { node: "n1".into(), fit: true, why: "it failed there".into() },
         Candidate { node: "n3".into(), fit: false, why: "n3 is paused".into() },
     ];
     let waiting = Waiting::new();
@@ -85,13 +85,13 @@ fn show_has_everything() {
         "failed since it was last online",
         "csvctl group online db",
         "n3 is paused",
-        "chosen by the cluster",
+        "not its most preferred (n2)",
     ] {
         assert!(shown.contains(word), "{word}: {shown}");
     }
     assert!(shown.lines().all(|line| line.trim_end() == line), "no blanks at the ends");
     let object = object(&bed.db, &bed.db.groups["db"], &waiting, &rows);
-    assert_eq!(object["failures"][0]["node"], "n2");
+    assert_eq!(object["failures"][0]["node"], "n1");
     assert_eq!(object["given_up"], "no other");
     assert_eq!(object["candidates"][1]["fit"], false);
     assert_eq!(object["resources"].as_array().unwrap().len(), 2);

@@ -58,12 +58,12 @@ fn a_move_is_told_with_how_far_it_is() {
     let text = list_table(&bed.db, &Waiting::new(), &moves);
     assert!(line(&text, "web").contains("moving to n2") && line(&text, "web").ends_with("60 %"), "{text}");
     let object = row(&bed.db, &bed.db.resources["web"], &Waiting::new(), &moves);
-    assert_eq!((&object["percent"], &object["state"]), (&json!(60), &json!("moving to n2")));
+    assert_eq!((&object["percent"], &object["state"]), (&json!(60), &json!("moving")));
     let without = list_table(&bed.db, &Waiting::new(), &Moves::new());
     assert!(line(&without, "web").ends_with("to n2 (live): on request"), "{without}");
     bed.down(1);
     let lost = list_table(&bed.db, &Waiting::new(), &Moves::new());
-    assert!(line(&lost, "web").contains("node lost"), "{lost}");
+    assert!(line(&lost, "web").contains("lost"), "{lost}");
 }
 
 #[test]

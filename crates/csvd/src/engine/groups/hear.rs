@@ -13,7 +13,14 @@ impl Driver {
     /// Calls that failed before anybody heard of them.
     pub(super) fn answer_failed(&mut self) {
         while let Some(failed) = self.hosts.failed.pop_front() {
-            self.answered(&failed.resource, failed.asker, hosts::failed(failed.why));
+            match failed.asker {
+                // It should be open, and is not: it is opened again. (Nothing is left to be closed.)
+                Asker::Local(local, Doing::Online | Doing::Offline | Doing::Terminate) => {
+                    let resources = vec![failed.resource];
+                    self.later(&local, Input::HostGone { resources, why: failed.why, culprit: None });
+                }
+                asker => self.answered(&failed.resource, asker, hosts::failed(failed.why)),
+            }
         }
     }
 

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 const QUEUE: usize = 8192;
 /// A host that has not answered for so long hangs as a whole.
 const SILENT_LIMIT: Duration = Duration::from_secs(30);
+/// Hosts that end within this time without a reason end for the same one.
+const DEATHS_PERIOD: Duration = Duration::from_secs(600);
 /// For the process of a former host to be gone.
 const GONE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -90,6 +92,10 @@ pub(super) struct Hosts {
     last_call: u64,
     /// The last number in a host's name.
     last_number: u64,
+    /// Hosts that ended for no reason that is known, by their resource; without a name, those for all.
+    deaths: BTreeMap<String, Instant>,
+    /// Since when every resource gets a host of its own.
+    scatter: Option<Instant>,
     /// Processes of former hosts that may not be gone yet.
     ended: Vec<Arc<Host>>,
     /// Calls that failed at once, for the driver to answer.
@@ -109,6 +115,8 @@ impl Hosts {
             last_id: 0,
             last_call: 0,
             last_number: 0,
+            deaths: BTreeMap::new(),
+            scatter: None,
             ended: Vec::new(),
             failed: VecDeque::new(),
         }
@@ -259,7 +267,7 @@ impl Hosts {
 
     /// Everything may stay online for so long from now on.
     pub(super) fn lease(&mut self, for_ms: u64) {
-        self.say_all(&ToHost::Lease { for_ms });
+        self.say_all(&ToHost::Lease { for_ms, at_boot_ms: Some(crate::engine::boot_ms()) });
     }
 
     /// Is everybody there?
@@ -301,6 +309,7 @@ impl Hosts {
         node: &NodeInfo,
         asker: Asker,
     ) {
+        let own = own || self.scatters();
         let place = self.places.get(&spec.name).copied().filter(|id| self.links.contains_key(id));
         let shared = || self.links.iter().find(|(_, link)| !link.own).map(|(id, _)| *id);
         let id = match place.or_else(|| if own { None } else { shared() }) {
@@ -308,7 +317,7 @@ impl Hosts {
             None => {
                 let id = self.start(own, node);
                 // Whatever is said next needs it.
-                self.say(id, ToHost::Lease { for_ms: lease_ms });
+                self.say(id, ToHost::Lease { for_ms: lease_ms, at_boot_ms: Some(crate::engine::boot_ms()) });
                 id
             }
         };
@@ -373,8 +382,11 @@ impl Hosts {
         self.calls.get(&call)
     }
 
-    /// It is open no more.
+    /// It is open no more, unless somebody opens it again already.
     pub(super) fn left(&mut self, resource: &str) {
+        if self.calls.values().any(|call| call.opens && call.resource == resource) {
+            return;
+        }
         self.opened.remove(resource);
         let Some(id) = self.places.remove(resource) else { return };
         let own = self.links.get(&id).is_some_and(|link| link.own);
@@ -398,12 +410,26 @@ impl Hosts {
             self.calls.iter().filter(|(_, call)| call.host == id).map(|(number, _)| *number).collect();
         let calls: Vec<Call> = numbers.iter().filter_map(|number| self.calls.remove(number)).collect();
         let busy: BTreeSet<&String> = calls.iter().map(|call| &call.resource).collect();
-        let culprit = match (link.own, busy.len()) {
-            (true, _) => resources.iter().next(),
-            (false, 1) => busy.first().copied(),
-            (false, _) => None,
-        };
-        Some(Lost { name: link.name, culprit: culprit.cloned(), resources, calls })
+        let culprit = if busy.len() == 1 { busy.first().map(|name| (*name).clone()) } else { None };
+        let culprit = culprit.or_else(|| self.died_again(link.own, &resources));
+        Some(Lost { name: link.name, culprit, resources, calls })
+    }
+
+    /// A host ended while nothing was asked of it. Once is chance; a host of its own that does so again has its only resource to
+    /// blame, and where it is the one for all, each gets a host of its own, so that the one at fault shows itself.
+    fn died_again(&mut self, own: bool, resources: &BTreeSet<String>) -> Option<String> {
+        let now = Instant::now();
+        self.deaths.retain(|_, at| now.duration_since(*at) < DEATHS_PERIOD);
+        let name = if own { resources.first().cloned()? } else { String::new() };
+        let again = !resources.is_empty() && self.deaths.insert(name.clone(), now).is_some();
+        if again && !own {
+            self.scatter = Some(now);
+        }
+        (again && own).then_some(name)
+    }
+
+    fn scatters(&self) -> bool {
+        self.scatter.is_some_and(|at| at.elapsed() < DEATHS_PERIOD)
     }
 
     /// Resources that are open on this node.

@@ -121,7 +121,7 @@ pub(crate) fn end_hosts_of_a_former_life(run_dir: &Path) {
         let (tell, heard) = sync_channel(64);
         let hears = Box::new(move |event| drop(tell.try_send(event)));
         let Ok(Some(host)) = Host::adopt(run_dir, &name, nobody.clone(), hears) else { continue };
-        let _told = host.say(&ToHost::Lease { for_ms: 0 });
+        let _told = host.say(&ToHost::Lease { for_ms: 0, at_boot_ms: None });
         let deadline = std::time::Instant::now() + END_LIMIT;
         loop {
             let left = deadline.saturating_duration_since(std::time::Instant::now());
