@@ -47,7 +47,11 @@ impl<'a> Groups<'a> {
     /// # Errors
     /// It cannot be asked, or refuses.
     pub fn ask(&self, what: &Value) -> anyhow::Result<Value> {
-        let answer = membership::ask(self.lab, self.node, &json!({ "request": "cluster", "what": what }))?;
+        let request = json!({ "request": "cluster", "what": what });
+        let answer = membership::answer(self.lab, self.node, &request)?;
+        if answer["answer"] == "error" {
+            bail!("{}", answer["message"].as_str().unwrap_or("refused without a word"));
+        }
         Ok(answer["data"].clone())
     }
 

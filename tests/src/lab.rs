@@ -53,6 +53,7 @@ pub struct Lab {
     csvctl: PathBuf,
     dir: PathBuf,
     nodes: Vec<String>,
+    env: Vec<(String, String)>,
     up: bool,
     /// One lab at a time on this machine.
     _turn: File,
@@ -73,6 +74,14 @@ impl Lab {
     /// # Errors
     /// See [`Lab::up`].
     pub fn up_with(suite: &str, fs: &str, args: &[&str]) -> anyhow::Result<Lab> {
+        Lab::up_with_env(suite, fs, args, &[])
+    }
+
+    /// With an environment for every program of the lab: csvd has it, and passes it on.
+    ///
+    /// # Errors
+    /// See [`Lab::up`].
+    pub fn up_with_env(suite: &str, fs: &str, args: &[&str], env: &[(&str, &str)]) -> anyhow::Result<Lab> {
         if !nix::unistd::geteuid().is_root() {
             bail!("the end-to-end suites need root: they make network namespaces, loop devices and mounts");
         }
@@ -84,9 +93,10 @@ impl Lab {
         let count = args.iter().position(|arg| *arg == "--nodes").and_then(|at| args.get(at + 1));
         let count: usize = count.map_or(Ok(3), |count| count.parse()).context("--nodes")?;
         let nodes = (1..=count).map(|number| format!("n{number}")).collect();
-        let lab = Lab { name, fs: fs.to_owned(), csvctl, dir, nodes, up: true, _turn: turn };
+        let env = env.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+        let lab = Lab { name, fs: fs.to_owned(), csvctl, dir, nodes, env, up: true, _turn: turn };
         println!("{suite}: lab {} on {fs}", lab.name);
-        let mut command = Command::new(&lab.csvctl);
+        let mut command = lab.csvctl_command();
         command.args(["lab", "up", "--name", &lab.name, "--fs", fs]).args(args);
         wait::run(&mut command, UP_DEADLINE)?.ok("csvctl lab up")?;
         Ok(lab)
@@ -135,10 +145,16 @@ impl Lab {
         node.context("the node has no path to the LUN")
     }
 
+    fn csvctl_command(&self) -> Command {
+        let mut command = Command::new(&self.csvctl);
+        command.envs(self.env.iter().map(|(key, value)| (key, value)));
+        command
+    }
+
     /// `csvctl lab exec ... node --`, to which a program is added.
     #[must_use]
     pub fn command(&self, node: &str) -> Command {
-        let mut command = Command::new(&self.csvctl);
+        let mut command = self.csvctl_command();
         command.args(["lab", "exec", "--name", &self.name, node, "--"]);
         command
     }
@@ -164,7 +180,7 @@ impl Lab {
     /// # Errors
     /// It failed.
     pub fn lab(&self, verb: &str, args: &[&str]) -> anyhow::Result<String> {
-        let mut command = Command::new(&self.csvctl);
+        let mut command = self.csvctl_command();
         command.args(["lab", verb, "--name", &self.name]).args(args);
         wait::run(&mut command, UP_DEADLINE)?.ok(&format!("csvctl lab {verb} {}", args.join(" ")))
     }

@@ -51,6 +51,16 @@ pub fn start_csvd(lab: &Lab, node: &str) -> anyhow::Result<()> {
 /// # Errors
 /// It cannot be asked, or refuses.
 pub fn ask(lab: &Lab, node: &str, request: &Value) -> anyhow::Result<Value> {
+    let answer = answer(lab, node, request)?;
+    ensure!(answer["answer"] != "error", "{request}: {answer}");
+    Ok(answer)
+}
+
+/// As [`ask`], with the answer that it refuses, too.
+///
+/// # Errors
+/// It cannot be asked.
+pub fn answer(lab: &Lab, node: &str, request: &Value) -> anyhow::Result<Value> {
     let pid = std::fs::read_to_string(lab.dir().join(node).join("holder.pid"))?;
     let socket = format!("/proc/{}/root/run/csv/csvd.sock", pid.trim());
     let mut stream = UnixStream::connect(&socket).with_context(|| format!("connecting to {socket}"))?;
@@ -58,9 +68,7 @@ pub fn ask(lab: &Lab, node: &str, request: &Value) -> anyhow::Result<Value> {
     writeln!(stream, "{request}")?;
     let mut line = String::new();
     BufReader::new(stream).read_line(&mut line)?;
-    let answer: Value = serde_json::from_str(&line).with_context(|| format!("answer: {line}"))?;
-    ensure!(answer["answer"] != "error", "{request}: {answer}");
-    Ok(answer)
+    serde_json::from_str(&line).with_context(|| format!("answer: {line}"))
 }
 
 /// Names and numbers of all nodes, as one has them.

@@ -6,9 +6,7 @@ use std::collections::BTreeMap;
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Switch {
-    /// On.
     On,
-    /// Off.
     Off,
 }
 

@@ -39,11 +39,14 @@ struct How {
 }
 
 impl How {
-    fn kind(self) -> MoveKind {
+    /// `machines`: are there virtual machines in the group? What has none is stopped here and started there.
+    fn kind(self, machines: bool) -> MoveKind {
         match self {
+            How { live: true, .. } => MoveKind::Live,
             How { quick: true, .. } => MoveKind::Quick,
             How { shutdown: true, .. } => MoveKind::Shutdown,
-            How { .. } => MoveKind::Live,
+            How { .. } if machines => MoveKind::Live,
+            How { .. } => MoveKind::Shutdown,
         }
     }
 }
@@ -73,7 +76,9 @@ pub(crate) fn run(
             "WARNING: {why}; it is moved there all the same, as you order, and may be moved away again"
         );
     }
-    let order = Order { to, how: options.how.kind(), cause: MoveCause::Order, reason: ORDERED.to_owned() };
+    let machines = names::resources_of(&db, name).any(|resource| resource.kind == names::MACHINE);
+    let order =
+        Order { to, how: options.how.kind(machines), cause: MoveCause::Order, reason: ORDERED.to_owned() };
     let watch = give(config, &db, group, order)?;
     if options.no_wait { Ok(()) } else { finish(config, watch, told) }
 }
@@ -166,11 +171,17 @@ mod tests {
 
     #[test]
     fn live_is_the_default_and_one_way_at_a_time() {
-        assert_eq!(parse(&[]).unwrap().how.kind(), MoveKind::Live);
-        assert_eq!(parse(&["--live"]).unwrap().how.kind(), MoveKind::Live);
-        assert_eq!(parse(&["--quick"]).unwrap().how.kind(), MoveKind::Quick);
-        assert_eq!(parse(&["--shutdown", "--to", "n2"]).unwrap().how.kind(), MoveKind::Shutdown);
+        assert_eq!(parse(&[]).unwrap().how.kind(true), MoveKind::Live);
+        assert_eq!(parse(&["--live"]).unwrap().how.kind(true), MoveKind::Live);
+        assert_eq!(parse(&["--quick"]).unwrap().how.kind(true), MoveKind::Quick);
+        assert_eq!(parse(&["--shutdown", "--to", "n2"]).unwrap().how.kind(true), MoveKind::Shutdown);
         assert!(parse(&["--live", "--quick"]).is_err());
+        assert_eq!(
+            parse(&[]).unwrap().how.kind(false),
+            MoveKind::Shutdown,
+            "there is nothing that could go on running"
+        );
+        assert_eq!(parse(&["--quick"]).unwrap().how.kind(false), MoveKind::Quick);
     }
 
     #[test]

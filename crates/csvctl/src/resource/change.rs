@@ -25,11 +25,11 @@ pub(crate) struct AddArgs {
     /// A property; may be repeated. `csvctl resource types TYPE` lists them.
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     properties: Vec<(String, String)>,
-    #[command(flatten)]
-    common: CommonArgs,
     /// It stays offline until it is ordered online.
     #[arg(long)]
     offline: bool,
+    #[command(flatten)]
+    common: CommonArgs,
 }
 
 /// Arguments of `csvctl resource set`.
@@ -53,8 +53,12 @@ pub(crate) struct SetArgs {
 
 #[derive(Debug, Clone, Default, clap::Args)]
 struct CommonArgs {
-    /// What of its group must be online before it, such as "[Disk] and ([Address1] or [Address2])". '' for nothing.
-    #[arg(long, value_name = "EXPR")]
+    // Not a doc comment: brackets would be links.
+    #[arg(
+        long,
+        value_name = "EXPR",
+        help = "What of its group must be online before it, such as \"[Disk] and ([Address1] or [Address2])\". '' for nothing"
+    )]
     depends: Option<String>,
     /// Nodes that may have it, and so its group. '' for all.
     #[arg(long, value_name = "NODE,...", value_parser = name_list)]

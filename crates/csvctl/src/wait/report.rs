@@ -120,7 +120,7 @@ pub(super) fn what_happened(db: &ClusterDb, group: &Group, after: u64) -> String
 pub(super) fn move_again(group: &Group) -> String {
     let name = &group.name;
     format!(
-        "next: `csvctl group candidates {name}` says which nodes can have it; `csvctl group move {name} --quick` or --shutdown \
-         also moves what cannot go while it runs"
+        "next: mend what it says and move it again; `csvctl group candidates {name}` says which nodes can have it, and --quick \
+         or --shutdown moves what cannot go while it runs"
     )
 }
