@@ -9,11 +9,20 @@ mod volumes;
 
 use super::*;
 use csv_types::{Epoch, VolumeId};
+use proptest::prelude::ProptestConfig;
 use std::net::{IpAddr, Ipv4Addr};
 
 pub(crate) const MINUTE_MS: u64 = 60_000;
 pub(crate) const HOUR_MS: u64 = 60 * MINUTE_MS;
 pub(crate) const START_MS: u64 = 1_700_000_000_000;
+
+/// As many random cases as `PROPTEST_CASES` says, else that many.
+pub(crate) fn cases(count: u32) -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig::with_cases(count),
+    }
+}
 
 /// A database and the time.
 #[derive(Debug, Clone)]

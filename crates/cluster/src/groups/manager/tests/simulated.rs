@@ -336,7 +336,7 @@ fn fault() -> impl Strategy<Value = Fault> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(crate::db::tests::cases(200))]
 
     #[test]
     fn what_can_be_online_gets_an_owner_and_stays(
