@@ -12,7 +12,7 @@ use csv_types::NodeId;
 
 impl ClusterDb {
     /// The commands that are about whether a node is there; `None` for others.
-    pub(super) fn apply_node(&mut self, at: At, command: &Command) -> Option<Answer> {
+    pub(super) fn apply_node(&mut self, at: At, by: NodeId, command: &Command) -> Option<Answer> {
         Some(if let Command::NodeAdd { node, token_sha256, expect_id } = command {
             self.node_add(at, node, token_sha256, *expect_id)
         } else if let Command::NodeReplace { old, node, token_sha256, expect_id } = command {
@@ -22,7 +22,7 @@ impl ClusterDb {
         } else if let Command::NodeIsolated { node, incarnation, reason } = command {
             self.node_isolated(at, *node, *incarnation, reason)
         } else if let Command::NodeDown { node, incarnation, reason, planned } = command {
-            self.node_down(at, *node, *incarnation, reason, *planned)
+            self.node_down((at, by), *node, *incarnation, reason, *planned)
         } else if let Command::NodeLeave { node, incarnation } = command {
             self.node_leave(at, *node, *incarnation)
         } else if let Command::NodeEvict { node } = command {
@@ -268,13 +268,25 @@ impl ClusterDb {
         done()
     }
 
-    fn node_down(&mut self, at: At, id: NodeId, incarnation: u64, reason: &str, planned: bool) -> Answer {
+    fn node_down(
+        &mut self,
+        (at, by): (At, NodeId),
+        id: NodeId,
+        incarnation: u64,
+        reason: &str,
+        planned: bool,
+    ) -> Answer {
         let node = self.need_incarnation(id, incarnation)?;
         if node.state == NodeState::Down {
             return unchanged();
         }
         let planned = planned || node.state == NodeState::Joining;
+        // One that was about to stop and fell silent has not said that it has come to its end.
+        let stopped = node.state == NodeState::Joining || (planned && by == id);
         self.take_down(at, id, reason, planned);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.stopped = stopped;
+        }
         done()
     }
 
@@ -289,7 +301,7 @@ impl ClusterDb {
         node.state = NodeState::Down;
         node.since_unix_ms = at;
         node.down_reason = reason.into();
-        node.stopped = planned;
+        node.stopped = false;
         node.leaving = false;
         let name = node.name.clone();
         let mut quarantined = false;

@@ -142,9 +142,23 @@ impl Bed {
         self.ok(Command::VolumeAdmit { name: name.into(), node: n(node), incarnation, from_generation })
     }
 
+    /// The others have not heard it for some time.
     pub(crate) fn down(&mut self, node: u32) {
-        let incarnation = self.db.nodes[&n(node)].incarnation;
-        self.ok(Command::NodeDown { node: n(node), incarnation, reason: "test".into(), planned: false });
+        self.missed(n(node), "test");
+    }
+
+    pub(crate) fn missed(&mut self, node: NodeId, reason: &str) {
+        let (incarnation, planned) = (self.db.nodes[&node].incarnation, self.db.nodes[&node].leaving);
+        let other = if node == n(1) { n(2) } else { n(1) };
+        let down = Command::NodeDown { node, incarnation, reason: reason.into(), planned };
+        self.apply_by(other, down).unwrap();
+    }
+
+    /// It says that it has stopped.
+    pub(crate) fn goodbye(&mut self, node: NodeId, reason: &str) {
+        let incarnation = self.db.nodes[&node].incarnation;
+        let down = Command::NodeDown { node, incarnation, reason: reason.into(), planned: true };
+        self.apply_by(node, down).unwrap();
     }
 
     pub(crate) fn up(&mut self, node: u32) {
@@ -157,8 +171,12 @@ impl Bed {
     }
 
     pub(crate) fn apply(&mut self, command: Command) -> Answer {
+        self.apply_by(n(1), command)
+    }
+
+    pub(crate) fn apply_by(&mut self, by: NodeId, command: Command) -> Answer {
         let before = self.db.clone();
-        let envelope = command.by(n(1), self.now);
+        let envelope = command.by(by, self.now);
         assert_eq!(Envelope::decode(&envelope.encode()).unwrap(), envelope);
         let answer = self.db.apply(&envelope);
         if let Err(broken) = self.db.check() {

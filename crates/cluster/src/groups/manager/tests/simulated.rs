@@ -186,8 +186,7 @@ impl World {
         for node in self.bed.db.nodes.values().map(|node| node.id).collect::<Vec<_>>() {
             let leaves = self.bed.db.nodes[&node].leaving && self.bed.db.groups_of(node).is_empty();
             if leaves && !self.cut.contains_key(&node) {
-                let incarnation = self.bed.db.nodes[&node].incarnation;
-                self.bed.ok(Command::NodeDown { node, incarnation, reason: "bye".into(), planned: true });
+                self.bed.goodbye(node, "bye");
                 self.cut.insert(node, 0);
             }
         }
