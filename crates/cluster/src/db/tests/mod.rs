@@ -149,9 +149,14 @@ impl Bed {
 
     pub(crate) fn missed(&mut self, node: NodeId, reason: &str) {
         let (incarnation, planned) = (self.db.nodes[&node].incarnation, self.db.nodes[&node].leaving);
-        let other = if node == n(1) { n(2) } else { n(1) };
         let down = Command::NodeDown { node, incarnation, reason: reason.into(), planned };
-        self.apply_by(other, down).unwrap();
+        self.apply_by(self.leader(Some(node)), down).unwrap();
+    }
+
+    /// The first node that is up, `not` left out.
+    pub(crate) fn leader(&self, not: Option<NodeId>) -> NodeId {
+        let up = self.db.nodes.values().filter(|node| node.is_up() && Some(node.id) != not);
+        up.map(|node| node.id).next().unwrap_or(n(64))
     }
 
     /// It says that it has stopped.
