@@ -154,7 +154,8 @@ pub enum Command {
     NodeUp { node: NodeId, incarnation: u64 },
     /// The node is not heard, but keeps its volumes for `isolation_ms`.
     NodeIsolated { node: NodeId, incarnation: u64, reason: String },
-    /// The node is given up: each of its keys must be fenced. `planned`: it said so itself, which counts no failure.
+    /// The node is given up: each of its keys must be fenced. `planned`: it said before that it would stop, which counts no
+    /// failure; when it says this itself too, nothing of it runs any more.
     NodeDown { node: NodeId, incarnation: u64, reason: String, planned: bool },
     /// The node is about to stop: its volumes and its vote move away; then it goes `NodeDown { planned: true }`.
     NodeLeave { node: NodeId, incarnation: u64 },

@@ -89,6 +89,9 @@ pub struct ClusterDb {
     pub quorum: QuorumConfig,
     /// Nodes by number.
     pub nodes: BTreeMap<NodeId, Node>,
+    /// By whose clock each node that is down is so since then.
+    #[serde(default)]
+    pub down_by: BTreeMap<NodeId, NodeId>,
     /// Number of the next node.
     pub next_node_id: u32,
     /// Highest epoch of any volume that was removed: a volume that is added again starts above it.
@@ -181,6 +184,7 @@ impl Default for ClusterDb {
             settings: Settings::default(),
             quorum: QuorumConfig::default(),
             nodes: BTreeMap::new(),
+            down_by: BTreeMap::new(),
             next_node_id: 1,
             epoch_floor: 0,
             generation_floor: 0,

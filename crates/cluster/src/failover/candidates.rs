@@ -126,7 +126,13 @@ impl<'a> Planner<'a> {
         best.ok_or_else(|| self.blocked(volume, not))
     }
 
-    fn blocked(&self, volume: &Volume, not: Option<NodeId>) -> Blocked {
+    /// Is there a node, `not` left out, that could own the volume if it were not still to be fenced?
+    pub(super) fn kept_by_a_fence(&self, volume: &Volume, not: Option<NodeId>) -> bool {
+        let mut others = self.db.nodes.values().filter(|node| Some(node.id) != not);
+        others.any(|node| self.fit(volume, node) == Err(Unfit::Fencing))
+    }
+
+    pub(super) fn blocked(&self, volume: &Volume, not: Option<NodeId>) -> Blocked {
         let others = self.db.nodes.values().filter(|node| Some(node.id) != not);
         let unfit: Vec<(&Node, Unfit)> =
             others.filter_map(|node| self.fit(volume, node).err().map(|unfit| (node, unfit))).collect();

@@ -7,6 +7,8 @@
 //! Rules, volume by volume
 //! * An owner that does not stand any more (down, started anew, being fenced) or whose csvfs ended: another node at once.
 //! * An owner that has lost its path while others have one: another node; the owner is fenced.
+//! * An owner that can neither serve nor fence (no path, or its csvfs ended), while the others that could take the volume are
+//!   themselves still to be fenced: nobody. They withdraw as soon as nobody owns it, and the next plan chooses among them.
 //! * A start that takes too long: another node. One that failed: a node where it did not fail yet, at once; when it
 //!   failed everywhere, again after a wait that doubles; after `start_failures_max` on each, `Failed`.
 //! * An owner that is draining or leaving: planned moves, at most `max_parallel_moves` at a time. A merely paused owner keeps
@@ -141,25 +143,39 @@ pub(crate) struct Trouble {
     owner_again: bool,
     /// Is it better to have no owner than this one?
     let_go: bool,
+    /// The owner stands, and can neither serve the volume nor fence anybody.
+    helpless: bool,
 }
 
 fn replace_owner(planner: &mut Planner<'_>, volume: &Volume, trouble: &Trouble) {
     let not = volume.owner.filter(|_| !trouble.owner_again);
     match planner.best(volume, not) {
         Ok(to) => planner.assign(volume, to, trouble.reason.clone()),
-        Err(blocked @ Blocked::NoNode(_)) if trouble.let_go => planner.unown(volume, &blocked.to_string()),
-        Err(Blocked::Wait | Blocked::NoNode(_)) => {}
+        Err(Blocked::Wait) => {}
+        Err(Blocked::NoNode(_)) => {
+            // Who is to be fenced waits for the owner to do it, and this owner never will.
+            if trouble.let_go || (trouble.helpless && planner.kept_by_a_fence(volume, not)) {
+                let why = planner.blocked(volume, not.filter(|_| !trouble.helpless));
+                planner.unown(volume, &why.to_string());
+            }
+        }
     }
 }
 
-/// The owner of a volume that nobody wants online any more closes it, or is gone.
+/// The owner of a volume that nobody wants online any more closes it, or is gone, or will never come to closing it.
 fn take_offline(planner: &mut Planner<'_>, volume: &Volume) {
-    if !volume.state.owned() {
-        return;
-    }
-    let gone = planner.owner_trouble(volume).is_some_and(|trouble| trouble.let_go);
-    if gone {
+    let trouble = planner.owner_trouble(volume);
+    let helpless = || trouble.as_ref().filter(|trouble| trouble.helpless);
+    let given_up = match &volume.state {
+        VolumeState::Offline { .. } | VolumeState::Failed { .. } => return,
+        VolumeState::Starting { .. } => helpless(),
+        VolumeState::Releasing { .. } => helpless().filter(|_| planner.releases_too_long(volume)),
+        VolumeState::Online => None,
+    };
+    if trouble.as_ref().is_some_and(|trouble| trouble.let_go) {
         planner.unown(volume, "it was taken offline, and its owner is gone");
+    } else if let Some(trouble) = given_up {
+        planner.unown(volume, &format!("it was taken offline, and {}", trouble.reason));
     } else if volume.state == VolumeState::Online {
         planner.release(volume, None, "it was taken offline");
     }
@@ -215,14 +231,14 @@ impl Planner<'_> {
         let name = self.db.node_name(owner);
         let Some(node) = self.db.nodes.get(&owner) else {
             let reason = format!("its owner {name} is gone");
-            return Some(Trouble { reason, owner_again: false, let_go: true });
+            return Some(Trouble { reason, owner_again: false, let_go: true, helpless: false });
         };
         if !self.db.owner_stands(volume) {
             let reason = match node.state {
                 NodeState::Down | NodeState::Joining => format!("{name} is down: {}", node.down_reason),
                 NodeState::Up | NodeState::Isolated => format!("{name} lost the volume or started again"),
             };
-            return Some(Trouble { reason, owner_again: true, let_go: true });
+            return Some(Trouble { reason, owner_again: true, let_go: true, helpless: false });
         }
         if node.state == NodeState::Isolated {
             return None;
@@ -230,43 +246,47 @@ impl Planner<'_> {
         self.reported_trouble(volume, owner, &name)
     }
 
+    fn releases_too_long(&self, volume: &Volume) -> bool {
+        self.age_ms(volume.since_unix_ms) >= self.db.settings.release_timeout_ms
+    }
+
     /// What the owner itself, or the clock, tells of a standing owner.
     fn reported_trouble(&self, volume: &Volume, owner: NodeId, name: &str) -> Option<Trouble> {
         let age_ms = self.age_ms(volume.since_unix_ms);
         let settings = &self.db.settings;
-        let lasting = |reason| Some(Trouble { reason, owner_again: false, let_go: false });
+        let report = self.report(owner).and_then(|report| report.volumes.get(&volume.name));
+        let no_path = report.is_some_and(|report| report.path != PathState::Good);
+        let no_csvfs = report.is_some_and(|report| !report.csvfs);
+        let lasting =
+            |reason, helpless| Some(Trouble { reason, owner_again: false, let_go: false, helpless });
         let (starting, releasing) = match volume.state {
             VolumeState::Starting { .. } => (true, false),
             VolumeState::Releasing { .. } => (false, true),
             VolumeState::Online | VolumeState::Offline { .. } | VolumeState::Failed { .. } => (false, false),
         };
         if starting && age_ms >= settings.start_timeout_ms {
-            return lasting(format!(
-                "{name} did not get it online within {} s",
-                settings.start_timeout_ms / 1000
-            ));
+            let reason =
+                format!("{name} did not get it online within {} s", settings.start_timeout_ms / 1000);
+            return lasting(reason, no_path || no_csvfs);
         }
-        if releasing && age_ms >= settings.release_timeout_ms {
-            return lasting(format!(
-                "{name} did not release it within {} s",
-                settings.release_timeout_ms / 1000
-            ));
+        if releasing && self.releases_too_long(volume) {
+            let reason = format!("{name} did not release it within {} s", settings.release_timeout_ms / 1000);
+            return lasting(reason, no_path || no_csvfs);
         }
-        let report = self.report(owner)?.volumes.get(&volume.name)?;
-        if report.path != PathState::Good {
-            return lasting(format!("{name} lost its path to the LUN"));
+        if no_path {
+            return lasting(format!("{name} lost its path to the LUN"), true);
         }
         // A report from before it came online contradicts it too, so an old state is needed to believe it.
         if starting || age_ms < settings.report_grace_ms {
             return None;
         }
-        if !report.csvfs {
-            return lasting(format!("csvfs of {name} ended"));
+        if no_csvfs {
+            return lasting(format!("csvfs of {name} ended"), true);
         }
         // An owner that releases ends its role before the release is known.
-        if !releasing && report.role_epoch < volume.epoch.0 {
+        if !releasing && report?.role_epoch < volume.epoch.0 {
             let reason = format!("csvfs of {name} does not coordinate it any more");
-            return Some(Trouble { reason, owner_again: true, let_go: false });
+            return Some(Trouble { reason, owner_again: true, let_go: false, helpless: false });
         }
         None
     }

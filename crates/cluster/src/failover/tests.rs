@@ -1,5 +1,7 @@
 //! Small cases: state in, decision out. In all of them plans are idempotent: `Case::plan` applies what it gets and plans again.
 
+mod helpless;
+
 use super::*;
 use crate::db::tests::{Bed, MINUTE_MS, n};
 use crate::db::{Applied, MemberState};

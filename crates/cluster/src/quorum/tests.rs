@@ -193,7 +193,7 @@ fn majorities_meet(a: &BTreeSet<VoterId>, b: &BTreeSet<VoterId>) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(crate::db::tests::cases(300))]
 
     /// Random failures and returns, with or without time to adapt between them.
     #[test]

@@ -269,7 +269,7 @@ fn fault() -> impl Strategy<Value = Fault> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(150))]
+    #![proptest_config(crate::db::tests::cases(150))]
 
     /// The model asserts at each answer that its verify was started after the request came, found the reservation, and is not
     /// long ago; and at each step that a voter without the reservation is about to stop.

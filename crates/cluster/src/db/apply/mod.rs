@@ -31,7 +31,7 @@ impl ClusterDb {
     /// # Errors
     /// Refused; nothing changed. The text is for the administrator.
     pub fn apply(&mut self, envelope: &Envelope) -> Answer {
-        let Envelope { at_unix_ms: at, by: _, command } = envelope;
+        let Envelope { at_unix_ms: at, by, command } = envelope;
         if let Command::Init(init) = command {
             return self.init(*at, init);
         }
@@ -42,7 +42,7 @@ impl ClusterDb {
         if needed > self.feature_level {
             return Err(Refused::FeatureLevel { needed, level: self.feature_level });
         }
-        self.apply_node(*at, command)
+        self.apply_node(*at, *by, command)
             .or_else(|| self.apply_volume(*at, command))
             .or_else(|| self.apply_owner(*at, command))
             .or_else(|| self.apply_admin(*at, command))

@@ -12,23 +12,23 @@ use csv_types::NodeId;
 
 impl ClusterDb {
     /// The commands that are about whether a node is there; `None` for others.
-    pub(super) fn apply_node(&mut self, at: At, command: &Command) -> Option<Answer> {
+    pub(super) fn apply_node(&mut self, at: At, by: NodeId, command: &Command) -> Option<Answer> {
         Some(if let Command::NodeAdd { node, token_sha256, expect_id } = command {
             self.node_add(at, node, token_sha256, *expect_id)
         } else if let Command::NodeReplace { old, node, token_sha256, expect_id } = command {
             self.node_replace(at, *old, node, (token_sha256, *expect_id))
         } else if let Command::NodeUp { node, incarnation } = command {
-            self.node_up(at, *node, *incarnation)
+            self.node_up((at, by), *node, *incarnation)
         } else if let Command::NodeIsolated { node, incarnation, reason } = command {
             self.node_isolated(at, *node, *incarnation, reason)
         } else if let Command::NodeDown { node, incarnation, reason, planned } = command {
-            self.node_down(at, *node, *incarnation, reason, *planned)
+            self.node_down((at, by), *node, *incarnation, reason, *planned)
         } else if let Command::NodeLeave { node, incarnation } = command {
             self.node_leave(at, *node, *incarnation)
         } else if let Command::NodeEvict { node } = command {
             self.node_evict(at, *node)
         } else if let Command::ForceStart { node } = command {
-            self.force_start(at, *node)
+            self.force_start((at, by), *node)
         } else {
             return None;
         })
@@ -198,7 +198,7 @@ impl ClusterDb {
         Ok(Applied::Node(id))
     }
 
-    fn node_up(&mut self, at: At, id: NodeId, incarnation: u64) -> Answer {
+    fn node_up(&mut self, (at, by): (At, NodeId), id: NodeId, incarnation: u64) -> Answer {
         let node = self.need_node(id)?;
         let stale = Refused::StaleIncarnation {
             node: node.name.clone(),
@@ -221,7 +221,7 @@ impl ClusterDb {
             }
             NodeState::Up | NodeState::Isolated => {
                 let (leaving, reason) = (node.leaving, "it started again without having been missed");
-                self.take_down(at, id, reason, leaving);
+                self.take_down((at, by), id, reason, leaving);
                 if self.need_node(id)?.quarantined(at) {
                     return done();
                 }
@@ -268,28 +268,41 @@ impl ClusterDb {
         done()
     }
 
-    fn node_down(&mut self, at: At, id: NodeId, incarnation: u64, reason: &str, planned: bool) -> Answer {
+    fn node_down(
+        &mut self,
+        (at, by): (At, NodeId),
+        id: NodeId,
+        incarnation: u64,
+        reason: &str,
+        planned: bool,
+    ) -> Answer {
         let node = self.need_incarnation(id, incarnation)?;
         if node.state == NodeState::Down {
             return unchanged();
         }
         let planned = planned || node.state == NodeState::Joining;
-        self.take_down(at, id, reason, planned);
+        // One that was about to stop and fell silent has not said that it has come to its end.
+        let stopped = node.state == NodeState::Joining || (planned && by == id);
+        self.take_down((at, by), id, reason, planned);
+        if let Some(node) = self.nodes.get_mut(&id) {
+            node.stopped = stopped;
+        }
         done()
     }
 
     /// Gives a node up: it is `Down`, each of its keys must go, and a failure counts unless it was planned.
-    fn take_down(&mut self, at: At, id: NodeId, reason: &str, planned: bool) {
+    fn take_down(&mut self, (at, by): (At, NodeId), id: NodeId, reason: &str, planned: bool) {
         let (window_ms, quarantine_ms) = (self.settings.quarantine_window_ms, self.settings.quarantine_ms);
         let failures_max = usize::try_from(self.settings.quarantine_failures).unwrap_or(usize::MAX);
         // Never so many that fewer than a majority of the nodes could be in.
         let kept_out = self.nodes.values().filter(|node| node.id != id && node.quarantined(at)).count();
         let may_quarantine = (kept_out + 1) * 2 < self.nodes.len();
         let Some(node) = self.nodes.get_mut(&id) else { return };
+        self.down_by.insert(id, by);
         node.state = NodeState::Down;
         node.since_unix_ms = at;
         node.down_reason = reason.into();
-        node.stopped = planned;
+        node.stopped = false;
         node.leaving = false;
         let name = node.name.clone();
         let mut quarantined = false;
@@ -372,6 +385,7 @@ impl ClusterDb {
     /// Takes a node out of every record; `heir` gets its rank among preferred owners.
     pub(super) fn remove_node(&mut self, id: NodeId, heir: Option<NodeId>) {
         self.nodes.remove(&id);
+        self.down_by.remove(&id);
         for mark in ["registered", "awake"] {
             self.properties.remove(&format!("{mark}.{}", id.0));
         }

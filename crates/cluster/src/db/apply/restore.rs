@@ -86,7 +86,7 @@ impl ClusterDb {
 
     /// The node goes on alone, whatever the others have. Its own csvfs may still have something under way, as theirs may: no
     /// node is up before it has begun a new life.
-    pub(super) fn force_start(&mut self, at: At, me: NodeId) -> Answer {
+    pub(super) fn force_start(&mut self, (at, by): (At, NodeId), me: NodeId) -> Answer {
         let name = self.need_node(me)?.name.clone();
         let reason = format!("the cluster was started by force on {name}");
         // One start too many must not go on under numbers that may be in use: then no key is left to give out.
@@ -98,6 +98,7 @@ impl ClusterDb {
                 node.since_unix_ms = at;
                 node.down_reason.clone_from(&reason);
                 node.stopped = false;
+                self.down_by.insert(node.id, by);
             }
             node.leaving = false;
             if node.id == me {

@@ -9,11 +9,20 @@ mod volumes;
 
 use super::*;
 use csv_types::{Epoch, VolumeId};
+use proptest::prelude::ProptestConfig;
 use std::net::{IpAddr, Ipv4Addr};
 
 pub(crate) const MINUTE_MS: u64 = 60_000;
 pub(crate) const HOUR_MS: u64 = 60 * MINUTE_MS;
 pub(crate) const START_MS: u64 = 1_700_000_000_000;
+
+/// As many random cases as `PROPTEST_CASES` says, else that many.
+pub(crate) fn cases(count: u32) -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig::with_cases(count),
+    }
+}
 
 /// A database and the time.
 #[derive(Debug, Clone)]
@@ -133,9 +142,28 @@ impl Bed {
         self.ok(Command::VolumeAdmit { name: name.into(), node: n(node), incarnation, from_generation })
     }
 
+    /// The others have not heard it for some time.
     pub(crate) fn down(&mut self, node: u32) {
-        let incarnation = self.db.nodes[&n(node)].incarnation;
-        self.ok(Command::NodeDown { node: n(node), incarnation, reason: "test".into(), planned: false });
+        self.missed(n(node), "test");
+    }
+
+    pub(crate) fn missed(&mut self, node: NodeId, reason: &str) {
+        let (incarnation, planned) = (self.db.nodes[&node].incarnation, self.db.nodes[&node].leaving);
+        let down = Command::NodeDown { node, incarnation, reason: reason.into(), planned };
+        self.apply_by(self.leader(Some(node)), down).unwrap();
+    }
+
+    /// The first node that is up, `not` left out.
+    pub(crate) fn leader(&self, not: Option<NodeId>) -> NodeId {
+        let up = self.db.nodes.values().filter(|node| node.is_up() && Some(node.id) != not);
+        up.map(|node| node.id).next().unwrap_or(n(64))
+    }
+
+    /// It says that it has stopped.
+    pub(crate) fn goodbye(&mut self, node: NodeId, reason: &str) {
+        let incarnation = self.db.nodes[&node].incarnation;
+        let down = Command::NodeDown { node, incarnation, reason: reason.into(), planned: true };
+        self.apply_by(node, down).unwrap();
     }
 
     pub(crate) fn up(&mut self, node: u32) {
@@ -148,8 +176,12 @@ impl Bed {
     }
 
     pub(crate) fn apply(&mut self, command: Command) -> Answer {
+        self.apply_by(n(1), command)
+    }
+
+    pub(crate) fn apply_by(&mut self, by: NodeId, command: Command) -> Answer {
         let before = self.db.clone();
-        let envelope = command.by(n(1), self.now);
+        let envelope = command.by(by, self.now);
         assert_eq!(Envelope::decode(&envelope.encode()).unwrap(), envelope);
         let answer = self.db.apply(&envelope);
         if let Err(broken) = self.db.check() {

@@ -136,7 +136,7 @@ fn stale(db: &ClusterDb, command: &Command) -> bool {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(crate::db::tests::cases(400))]
 
     #[test]
     fn random_commands_keep_the_invariants(

@@ -161,11 +161,8 @@ impl Run {
         let reason = "not heard".to_owned();
         let command = match what {
             "up" => Command::NodeUp { node, incarnation: incarnation + 1 },
-            "down" => Command::NodeDown { node, incarnation, reason, planned: false },
-            "stopped" => {
-                let reason = "it stopped".into();
-                Command::NodeDown { node, incarnation, reason, planned: true }
-            }
+            "down" => return self.bed.missed(node, &reason),
+            "stopped" => return self.bed.goodbye(node, "it stopped"),
             "isolated" => Command::NodeIsolated { node, incarnation, reason },
             "pause" => Command::NodePause { node, drain: false },
             "drain" => Command::NodePause { node, drain: true },

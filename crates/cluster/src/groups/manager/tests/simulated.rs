@@ -54,8 +54,13 @@ fn name(group: usize) -> String {
     format!("g{group}")
 }
 
+/// How far the clocks of the nodes are ahead, in seconds: together as far as they may.
+const AHEAD_S: [i64; NODES as usize] = [0, 25, -35, 0];
+
 struct World {
     bed: Bed,
+    /// The time, by no node's clock.
+    now: u64,
     /// When each node that is not heard was heard last.
     cut: BTreeMap<NodeId, u64>,
     silent: BTreeSet<NodeId>,
@@ -94,13 +99,14 @@ impl World {
             bed.ok(Command::GroupOnline { name: name(number) });
         }
         let (cut, silent, bad, running) = Default::default();
-        World { bed, cut, silent, bad, running }
+        let now = bed.now;
+        World { bed, now, cut, silent, bad, running }
     }
 
     fn fault(&mut self, fault: &Fault) {
         match fault.clone() {
             Fault::Cut(node) => {
-                self.cut.entry(n(node)).or_insert(self.bed.now);
+                self.cut.entry(n(node)).or_insert(self.now);
             }
             Fault::Boot(node) => {
                 self.cut.remove(&n(node));
@@ -153,18 +159,29 @@ impl World {
             (*node, report)
         };
         let reports = self.bed.db.nodes.keys().filter(heard).map(report).collect();
-        GroupView { now_unix_ms: self.bed.now, utc_offset_min: 0, me: n(1), reports }
+        GroupView { now_unix_ms: self.bed.now, utc_offset_min: 0, me: self.leader(), reports }
+    }
+
+    /// The leader: the first node that is up and not cut off.
+    fn leader(&self) -> NodeId {
+        let nodes = self.bed.db.nodes.values();
+        let up = nodes.filter(|node| node.is_up() && !self.cut.contains_key(&node.id));
+        up.map(|node| node.id).next().unwrap_or(n(1))
     }
 
     /// One second: the leader's verdicts, its plans, then each owner does what the database says.
     fn round(&mut self) -> usize {
-        self.bed.now += 1_000;
+        self.now += 1_000;
+        let leader = self.leader();
+        self.bed.now = self.now.checked_add_signed(AHEAD_S[leader.0 as usize - 1] * 1_000).unwrap();
         let settings = self.bed.db.settings.clone();
         for (node, heard) in self.cut.clone() {
-            let silent_ms = self.bed.now - heard;
+            let silent_ms = self.now - heard;
             let state = &self.bed.db.nodes[&node];
             if state.is_up() && silent_ms >= settings.silence_ms() {
-                self.bed.down(node.0);
+                let (incarnation, planned) = (state.incarnation, state.leaving);
+                let down = Command::NodeDown { node, incarnation, reason: "cut".into(), planned };
+                self.bed.apply_by(leader, down).unwrap();
             }
             if silent_ms >= settings.contact_limit_ms() + STOP_MS {
                 self.running.retain(|(_, on)| *on != node);
@@ -186,8 +203,7 @@ impl World {
         for node in self.bed.db.nodes.values().map(|node| node.id).collect::<Vec<_>>() {
             let leaves = self.bed.db.nodes[&node].leaving && self.bed.db.groups_of(node).is_empty();
             if leaves && !self.cut.contains_key(&node) {
-                let incarnation = self.bed.db.nodes[&node].incarnation;
-                self.bed.ok(Command::NodeDown { node, incarnation, reason: "bye".into(), planned: true });
+                self.bed.goodbye(node, "bye");
                 self.cut.insert(node, 0);
             }
         }
@@ -336,7 +352,7 @@ fn fault() -> impl Strategy<Value = Fault> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(crate::db::tests::cases(200))]
 
     #[test]
     fn what_can_be_online_gets_an_owner_and_stays(

@@ -60,6 +60,7 @@ pub(super) struct NodeSpec {
     admin: String,
     leaving: bool,
     stopped: bool,
+    given_up_by: Option<String>,
     anew: bool,
     memory: u64,
     used: u64,
@@ -77,6 +78,7 @@ impl Default for NodeSpec {
             admin: "active".into(),
             leaving: false,
             stopped: false,
+            given_up_by: None,
             anew: false,
             memory: 0,
             used: 0,
@@ -225,6 +227,12 @@ impl CaseFile {
         for (name, node) in &self.nodes {
             node.put(&mut bed, name);
         }
+        let down: Vec<NodeId> =
+            bed.db.nodes.values().filter(|node| !node.is_up()).map(|node| node.id).collect();
+        for node in down {
+            let leader = bed.leader(None);
+            bed.db.down_by.entry(node).or_insert(leader);
+        }
         for (name, group) in &self.groups {
             group.create(&mut bed, name);
         }
@@ -242,7 +250,7 @@ impl CaseFile {
         let mut view = GroupView {
             now_unix_ms: bed.now,
             utc_offset_min: self.utc_offset_min,
-            me: n(1),
+            me: bed.leader(None),
             reports: BTreeMap::new(),
         };
         for (name, spec) in &self.nodes {
@@ -278,6 +286,7 @@ impl NodeSpec {
         if !node.is_up() {
             node.down_reason.clone_from(&self.why);
         }
+        bed.db.down_by.extend(self.given_up_by.as_deref().map(|by| (node_id(name), node_id(by))));
     }
 }
 
