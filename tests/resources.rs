@@ -3,13 +3,12 @@
 //! refused in words.
 
 use anyhow::{Context as _, ensure};
-use csv_cluster::db::{Command, GroupPolicy, GroupState, LibraryType, MoveKind, NewResource, ResourceState};
+use csv_cluster::db::{Command, GroupPolicy, GroupState, MoveKind, NewResource, ResourceState};
 use csv_tests::groups::{Groups, resource};
 use csv_tests::lab::Lab;
 use csv_tests::membership::{kill_csvd, start_csvd};
 use csv_tests::wait;
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -31,9 +30,9 @@ fn up(suite: &str, more: &[(&str, &str)]) -> anyhow::Result<Lab> {
 
 /// A resource in a group of its own that stays on n1.
 fn alone(groups: Groups<'_>, mut of: NewResource) -> anyhow::Result<()> {
-    groups.add(&of.group, GroupPolicy::default())?;
+    groups.add(&of.group, &[])?;
     of.possible = vec![groups.number("n1")?];
-    groups.add_resource(of)
+    groups.add_resource(&of)
 }
 
 /// Resources that must not notice what happens to others.
@@ -54,7 +53,7 @@ impl<'a> Neighbours<'a> {
         separate.policy.separate_monitor = true;
         alone(groups, separate)?;
         for name in Self::NAMES {
-            groups.online(name, DEADLINE)?;
+            groups.online(name)?;
         }
         let mut neighbours = Neighbours { groups, before: None };
         neighbours.before = Some(neighbours.look()?);
@@ -115,7 +114,7 @@ fn what_is_killed_comes_back() -> anyhow::Result<()> {
     let groups = Groups::of(&lab, "n1");
     let neighbours = Neighbours::start(groups)?;
     alone(groups, resource("app", "app", "GenericApplication", &[("command", FOREVER)]))?;
-    groups.online("app", DEADLINE)?;
+    groups.online("app")?;
 
     // The application.
     let began = Instant::now();
@@ -168,9 +167,9 @@ fn what_is_killed_comes_back() -> anyhow::Result<()> {
 /// csvd of n2 does not come back: what it had runs elsewhere, and not before it has ended there.
 fn gone_for_good(lab: &Lab) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
-    groups.add_at("roams", &["n2", "n3"])?;
-    groups.add_resource(resource("roams", "roams", "GenericApplication", &[("command", FOREVER)]))?;
-    groups.online("roams", DEADLINE)?;
+    groups.add("roams", &["--preferred", "n2,n3"])?;
+    groups.add_resource(&resource("roams", "roams", "GenericApplication", &[("command", FOREVER)]))?;
+    groups.online("roams")?;
     groups.wait_online_at("roams", "n2", DEADLINE)?;
     let old = pid(groups, "roams")?;
     let began = Instant::now();
@@ -267,17 +266,16 @@ fn one_hang(lab: &Lab, expected: &Expected) -> anyhow::Result<()> {
     let Expected { entry, late, state, timeouts } = *expected;
     let name = hanging(groups, entry)?;
     if late {
-        groups.online(&name, DEADLINE)?;
+        groups.online(&name)?;
     }
     hang(lab, true)?;
     let began = Instant::now();
     match entry {
         "open" | "online" | "terminate" => {
-            groups.command(&Command::GroupOnline { name: name.clone() })?;
+            groups.order("online", &name)?;
         }
         "offline" | "close" => {
-            let reason = "a suite wants it so".to_owned();
-            groups.command(&Command::GroupOffline { name: name.clone(), reason })?;
+            groups.order("offline", &name)?;
         }
         "control" => {
             let refused = groups.control(&name, "count", &json!({})).err().context("control answered")?;
@@ -309,9 +307,9 @@ fn one_hang(lab: &Lab, expected: &Expected) -> anyhow::Result<()> {
     }
     hang(lab, false)?;
     // What hangs no more works.
-    groups.command(&Command::GroupOnline { name: name.clone() })?;
+    groups.order("online", &name)?;
     groups.wait_resource(&name, ResourceState::Online, DEADLINE)?;
-    groups.offline(&name, DEADLINE)
+    groups.offline(&name)
 }
 
 /// Behaves as systemctl does towards one unit, whose main process it really starts. Its notes are the node's own.
@@ -372,9 +370,7 @@ fn types_of_all_kinds_go_through_their_lives() -> anyhow::Result<()> {
     let lab = up("rlife", &[("CSV_SYSTEMCTL", &systemctl.display().to_string())])?;
     let groups = Groups::of(&lab, "n1");
     let library = build_library(dir.path())?;
-    let properties = BTreeMap::from([("path".to_owned(), true)]);
-    let heartbeat = LibraryType { name: "HeartbeatFile".into(), library, properties };
-    groups.command(&Command::TypePut { resource_type: heartbeat })?;
+    groups.ctl(&["resource", "type-add", "HeartbeatFile", "--library", &library, "--required", "path"])?;
     let mut dummy = resource("ocf", "ocf", "ocf:heartbeat:Dummy", &[("state", "/run/csv/dummy")]);
     (dummy.policy.looks_alive_ms, dummy.policy.is_alive_ms) = (Some(500), Some(500));
     let lives = [
@@ -401,8 +397,8 @@ fn one_life(lab: &Lab, Life { mut resource, fail, runs }: Life) -> anyhow::Resul
     let groups = Groups::of(lab, "n1");
     let (name, kind) = (resource.name.clone(), resource.kind.clone());
     (resource.policy.restart_threshold, resource.policy.restart_delay_ms) = (1, 100);
-    groups.add_at(&name, &["n1", "n2", "n3"])?;
-    groups.add_resource(resource)?;
+    groups.add(&name, &["--preferred", "n1,n2,n3"])?;
+    groups.add_resource(&resource)?;
     let where_it_runs = || -> anyhow::Result<Vec<&str>> {
         let mut nodes = Vec::new();
         for node in ["n1", "n2", "n3"] {
@@ -421,7 +417,7 @@ fn one_life(lab: &Lab, Life { mut resource, fail, runs }: Life) -> anyhow::Resul
         })
     };
     let began = Instant::now();
-    groups.online(&name, DEADLINE)?;
+    groups.online(&name)?;
     runs_at("n1")?;
     // The first failure is mended here.
     let since = groups.resource(&name)?.status.since_unix_ms;
@@ -440,9 +436,9 @@ fn one_life(lab: &Lab, Life { mut resource, fail, runs }: Life) -> anyhow::Resul
     let failover = failed.elapsed();
     runs_at("n2")?;
     // Somebody wants it elsewhere.
-    groups.move_to(&name, "n3", MoveKind::Shutdown, DEADLINE)?;
+    groups.move_to(&name, "n3", MoveKind::Shutdown)?;
     runs_at("n3")?;
-    groups.offline(&name, DEADLINE)?;
+    groups.offline(&name)?;
     ensure!(where_it_runs()?.is_empty(), "{kind} is offline, and runs on {:?}", where_it_runs()?);
     println!(
         "{kind}: restarted after {} ms, on the next node after {} ms, its life took {} ms",
@@ -483,13 +479,15 @@ fn two_hundred_resources_cost_little() -> anyhow::Result<()> {
     let began = Instant::now();
     for group in 0..10 {
         let group = format!("g{group}");
-        groups.add_at(&group, &[node])?;
+        groups.add(&group, &["--preferred", node])?;
         for number in 0..COUNT / 10 {
             let command = [("command", "sleep 100000")];
             let name = format!("{group}-{number}");
-            groups.add_resource(resource(&group, &name, "GenericApplication", &command))?;
+            let resource = resource(&group, &name, "GenericApplication", &command);
+            // By the hundred without a process for each.
+            groups.command(&Command::ResourceAdd { resource })?;
         }
-        groups.command(&Command::GroupOnline { name: group })?;
+        groups.order("online", &group)?;
     }
     for group in 0..10 {
         groups.wait_online_at(&format!("g{group}"), node, DEADLINE)?;
@@ -506,8 +504,7 @@ fn two_hundred_resources_cost_little() -> anyhow::Result<()> {
     ensure!(with - before < 2.0, "{COUNT} resources cost {:.2} % of a core", with - before);
     let began = Instant::now();
     for group in 0..10 {
-        let (name, reason) = (format!("g{group}"), "the suite is over".to_owned());
-        groups.command(&Command::GroupOffline { name, reason })?;
+        groups.order("offline", &format!("g{group}"))?;
     }
     for group in 0..10 {
         groups.wait(&format!("g{group}"), "to be offline", DEADLINE, |group| {
@@ -532,17 +529,17 @@ fn checkpoints(lab: &Lab) -> anyhow::Result<()> {
     // Of the node alone: what is in it does not come from a disk that all have.
     let file = "/var/lib/csv/suite/settings";
     let groups = Groups::of(lab, "n1");
-    groups.add_at("files", &["n2", "n3", "n1"])?;
+    groups.add("files", &["--preferred", "n2,n3,n1"])?;
     let mut of = resource("files", "files", "Test", &[]);
     of.checkpoints = vec![file.to_owned()];
-    groups.add_resource(of)?;
-    groups.online("files", DEADLINE)?;
+    groups.add_resource(&of)?;
+    groups.online("files")?;
     groups.wait_online_at("files", "n2", DEADLINE)?;
     lab.sh(
         "n2",
         &format!("mkdir -p $(dirname {file}); echo one > {file}; chmod 640 {file}; chown 1:2 {file}"),
     )?;
-    groups.move_to("files", "n3", MoveKind::Shutdown, DEADLINE)?;
+    groups.move_to("files", "n3", MoveKind::Shutdown)?;
     let seen = lab.sh("n3", &format!("cat {file}; stat -c '%a %u:%g' {file}"))?;
     ensure!(seen == "one\n640 1:2\n", "on n3: {seen}");
     // What is saved while it runs outlives its node.
@@ -562,19 +559,19 @@ fn checkpoints(lab: &Lab) -> anyhow::Result<()> {
     println!("a file followed its resource to n3, and after n3 lost power to {owner} ({kept} kept)");
     lab.lab("restart", &["n3"])?;
     lab.wait_mode("n3", "direct")?;
-    groups.offline("files", DEADLINE)
+    groups.offline("files")
 }
 
 fn refused(lab: &Lab) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
-    groups.add("bad", GroupPolicy::default())?;
-    groups.add("other", GroupPolicy::default())?;
+    groups.add("bad", &[])?;
+    groups.add("other", &[])?;
     for (name, on) in [("a", ""), ("b", "[a]"), ("c", "[b]")] {
         let mut of = resource("bad", name, "Test", &[]);
         of.depends = on.into();
-        groups.add_resource(of)?;
+        groups.add_resource(&of)?;
     }
-    groups.add_resource(resource("other", "far", "Test", &[]))?;
+    groups.add_resource(&resource("other", "far", "Test", &[]))?;
     let no = |command: Command, words: &[&str]| -> anyhow::Result<()> {
         let error = groups.command(&command).err().with_context(|| format!("taken: {command:?}"))?;
         let text = format!("{error:#}").to_lowercase();
@@ -631,16 +628,19 @@ fn address_in_use(lab: &Lab) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
     let taken = lab.sh("n2", "ip -4 -o addr show dev eth0 | awk '{print $4}'")?.trim().to_owned();
     let mac = lab.sh("n2", "cat /sys/class/net/eth0/address")?.trim().to_owned();
-    groups.add("address", GroupPolicy { failover_threshold: Some(0), ..GroupPolicy::default() })?;
+    groups.add("address", &["--failover-threshold", "0"])?;
     let mut of = resource("address", "address", "IPAddress", &[("address", &taken)]);
     of.possible = vec![groups.number("n1")?];
     of.policy.restart_threshold = 0;
-    groups.add_resource(of)?;
-    groups.command(&Command::GroupOnline { name: "address".into() })?;
+    groups.add_resource(&of)?;
+    // csvctl waits in vain, and says why.
+    let error = groups.online("address").err().context("it is online")?;
     let why = groups.wait_resource("address", ResourceState::Failed, DEADLINE)?.status.why;
     println!("address in use: {why}");
-    ensure!(why.to_lowercase().contains(&mac), "\"{why}\" does not name {mac}");
+    for said in [&why, &format!("{error:#}")] {
+        ensure!(said.to_lowercase().contains(&mac), "\"{said}\" does not name {mac}");
+    }
     let addresses = lab.sh("n1", "ip -4 -o addr show dev eth0")?;
     ensure!(!addresses.contains(taken.split('/').next().unwrap_or(&taken)), "n1 has it: {addresses}");
-    groups.offline("address", DEADLINE)
+    groups.offline("address")
 }

@@ -40,9 +40,9 @@ fn resource(machine: &Machine) -> NewResource {
 fn start(lab: &Lab, guest: &Guest, node: &str, name: &str) -> anyhow::Result<Machine> {
     let machine = Machine::make(lab, guest, node, name)?;
     let groups = Groups::of(lab, node);
-    groups.add_at(name, &[node])?;
-    groups.add_resource(resource(&machine))?;
-    groups.online(name, DEADLINE)?;
+    groups.add(name, &["--preferred", node])?;
+    groups.add_resource(&resource(&machine))?;
+    groups.online(name)?;
     groups.wait_online_at(name, node, DEADLINE)?;
     Ok(machine)
 }
@@ -50,7 +50,7 @@ fn start(lab: &Lab, guest: &Guest, node: &str, name: &str) -> anyhow::Result<Mac
 /// Shuts the guest down by its power button and looks at its disk: clean, every synced line there, started so often.
 fn end(lab: &Lab, node: &str, machine: &Machine, boots: u64) -> anyhow::Result<()> {
     let unmounted = machine.console.unmounted();
-    Groups::of(lab, node).offline(machine.name(), DEADLINE)?;
+    Groups::of(lab, node).offline(machine.name())?;
     ensure!(machine.console.unmounted() > unmounted, "{} was not shut down in good order", machine.name());
     let journal = machine.journal(lab, node)?;
     let synced = machine.check_durable(&journal)?;
@@ -155,7 +155,7 @@ fn around(lab: &Lab, machine: &Machine, moves: usize) -> anyhow::Result<()> {
     for number in 0..moves {
         let to = ["n2", "n3", "n1"][number % 3];
         let began = Instant::now();
-        groups.move_to(machine.name(), to, MoveKind::Live, DEADLINE)?;
+        groups.move_to(machine.name(), to, MoveKind::Live)?;
         let (over, took) = (Instant::now(), began.elapsed());
         console.wait_more(3, DEADLINE)?;
         let seen = console.seen();
@@ -183,7 +183,7 @@ fn drain(lab: &Lab, machines: &[&Machine]) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
     for machine in machines {
         if groups.owner(machine.name())? != "n1" {
-            groups.move_to(machine.name(), "n1", MoveKind::Live, DEADLINE)?;
+            groups.move_to(machine.name(), "n1", MoveKind::Live)?;
         }
         machine.console.wait_more(2, DEADLINE)?;
     }
@@ -213,11 +213,11 @@ fn failed_moves(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
     let name = machine.name();
     if groups.owner(name)? == "n1" {
-        groups.move_to(name, "n2", MoveKind::Live, DEADLINE)?;
+        groups.move_to(name, "n2", MoveKind::Live)?;
     }
     // Slow, so that there is a middle; whoever has it next knows that.
     groups.set(name, "migration_bandwidth_mib", Some("4"))?;
-    groups.move_to(name, "n1", MoveKind::Live, DEADLINE)?;
+    groups.move_to(name, "n1", MoveKind::Live)?;
     let running = qemu(groups, machine)?;
     for (what, node) in [("QEMU", "n2"), ("power", "n3")] {
         let generation = groups.group(name)?.generation;
@@ -260,7 +260,7 @@ fn failed_moves(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
     }
     // And nothing keeps it from moving afterwards.
     groups.set(name, "migration_bandwidth_mib", None)?;
-    groups.move_to(name, "n2", MoveKind::Live, DEADLINE)?;
+    groups.move_to(name, "n2", MoveKind::Live)?;
     machine.console.wait_more(2, DEADLINE)?;
     machine.console.check(1)
 }
@@ -277,22 +277,21 @@ fn what_cannot_run_says_why() -> anyhow::Result<()> {
         ("missing", format!("{MOUNT}/none.img"), ["none.img", "no such file"]),
         ("taken", machine.image(), ["good.img", "in use"]),
     ] {
-        groups
-            .add(name, csv_cluster::db::GroupPolicy { failover_threshold: Some(0), ..Default::default() })?;
+        groups.add(name, &["--failover-threshold", "0"])?;
         let mut vm = NewResource { group: name.into(), name: name.into(), ..resource(&machine) };
         vm.properties.insert("disk".into(), disk);
         vm.properties.insert("serial".into(), "none".into());
         vm.possible = vec![groups.number("n2")?];
         vm.policy.restart_threshold = 0;
-        groups.add_resource(vm)?;
-        groups.command(&csv_cluster::db::Command::GroupOnline { name: name.into() })?;
+        groups.add_resource(&vm)?;
+        groups.order("online", name)?;
         let resource = groups.wait_resource(name, ResourceState::Failed, DEADLINE)?;
         let why = resource.status.why;
         println!("{name}: {why}");
         for word in words {
             ensure!(why.to_lowercase().contains(word), "\"{why}\" does not say \"{word}\"");
         }
-        groups.offline(name, DEADLINE)?;
+        groups.offline(name)?;
     }
     machine.console.wait_more(2, DEADLINE)?;
     end(&lab, "n1", &machine, 1)?;
@@ -301,14 +300,14 @@ fn what_cannot_run_says_why() -> anyhow::Result<()> {
 
 fn no_capacity(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
-    groups.add("big", Default::default())?;
+    groups.add("big", &[])?;
     let mut vm = NewResource { group: "big".into(), name: "big".into(), ..resource(machine) };
     vm.properties.insert("disk".into(), format!("{MOUNT}/big.img"));
     vm.properties.insert("memory_mib".into(), "1048576".into());
     vm.possible = vec![groups.number("n1")?, groups.number("n2")?];
-    groups.add_resource(vm)?;
+    groups.add_resource(&vm)?;
     lab.ctl("n1", &["node", "pause", "n2"])?;
-    groups.command(&csv_cluster::db::Command::GroupOnline { name: "big".into() })?;
+    groups.order("online", "big")?;
     let told = wait::until("the manager to say why nobody has big", DEADLINE, || {
         let state = groups.group("big")?.state;
         Ok(Some(state.clone())
@@ -322,5 +321,5 @@ fn no_capacity(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
         ensure!(!fit && why.to_lowercase().contains(word), "{node}: {why}");
     }
     lab.ctl("n1", &["node", "resume", "n2"])?;
-    groups.offline("big", DEADLINE)
+    groups.offline("big")
 }

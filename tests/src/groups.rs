@@ -1,11 +1,10 @@
-//! Groups and resources of a lab's cluster: made, ordered about, waited for.
+//! Groups and resources of a lab's cluster: made and ordered about with csvctl, watched in the database.
 
 use crate::lab::Lab;
 use crate::{membership, wait};
 use anyhow::{Context as _, bail, ensure};
 use csv_cluster::db::{
-    ClusterDb, Command, Group, GroupPolicy, GroupState, MoveCause, MoveKind, NewResource, Resource,
-    ResourceChange, ResourcePolicy, ResourceState,
+    ClusterDb, Command, Group, GroupState, MoveKind, NewResource, Resource, ResourcePolicy, ResourceState,
 };
 use csv_types::NodeId;
 use serde_json::{Value, json};
@@ -79,88 +78,91 @@ impl<'a> Groups<'a> {
         self.db()?.node_by_name(node).map(|node| node.id).with_context(|| format!("no node {node}"))
     }
 
-    /// Makes a group.
+    /// csvctl on the node.
+    ///
+    /// # Errors
+    /// It fails.
+    pub fn ctl(&self, args: &[&str]) -> anyhow::Result<String> {
+        self.lab.ctl(self.node, args)
+    }
+
+    /// Makes a group, with that policy.
     ///
     /// # Errors
     /// Refused.
-    pub fn add(&self, name: &str, policy: GroupPolicy) -> anyhow::Result<()> {
-        self.command(&Command::GroupAdd { name: name.to_owned(), policy })
-    }
-
-    /// Makes a group that prefers those nodes.
-    ///
-    /// # Errors
-    /// Refused; no such node.
-    pub fn add_at(&self, name: &str, nodes: &[&str]) -> anyhow::Result<()> {
-        let preferred = nodes.iter().map(|node| self.number(node)).collect::<anyhow::Result<_>>()?;
-        self.add(name, GroupPolicy { preferred, ..GroupPolicy::default() })
+    pub fn add(&self, name: &str, policy: &[&str]) -> anyhow::Result<()> {
+        self.ctl(&[&["group", "add", name], policy].concat()).map(drop)
     }
 
     /// Makes a resource.
     ///
     /// # Errors
     /// Refused.
-    pub fn add_resource(&self, resource: NewResource) -> anyhow::Result<()> {
-        self.command(&Command::ResourceAdd { resource })
+    pub fn add_resource(&self, resource: &NewResource) -> anyhow::Result<()> {
+        let args = arguments(&self.db()?, resource);
+        let mut words = vec!["resource", "add", resource.name.as_str()];
+        words.extend(args.iter().map(String::as_str));
+        self.ctl(&words).map(drop)
     }
 
-    /// Changes a property, or removes it.
+    /// Changes a property, or gives it back its default.
     ///
     /// # Errors
     /// Refused.
     pub fn set(&self, resource: &str, key: &str, value: Option<&str>) -> anyhow::Result<()> {
-        let properties = BTreeMap::from([(key.to_owned(), value.map(str::to_owned))]);
-        let change = ResourceChange { properties, ..ResourceChange::default() };
-        self.command(&Command::ResourceSet { name: resource.to_owned(), change })
+        let pair = value.map(|value| format!("{key}={value}"));
+        let change = pair.as_ref().map_or(["--unset", key], |pair| ["--set", pair]);
+        self.ctl(&[&["resource", "set", resource], &change[..]].concat()).map(drop)
     }
 
-    /// Wants a group online, and waits until it is.
+    /// Brings a group online. csvctl has waited for it, so nothing else need.
     ///
     /// # Errors
-    /// Refused, or not in time.
-    pub fn online(&self, group: &str, deadline: Duration) -> anyhow::Result<Group> {
-        self.command(&Command::GroupOnline { name: group.to_owned() })?;
-        self.wait_online(group, deadline)
+    /// It did not come online.
+    pub fn online(&self, group: &str) -> anyhow::Result<()> {
+        self.ctl(&["group", "online", group])?;
+        self.is_reached(group, |group| group.state == GroupState::Online)
     }
 
-    /// Takes a group offline, and waits until it is.
+    /// Takes a group offline.
     ///
     /// # Errors
-    /// Refused, or not in time.
-    pub fn offline(&self, group: &str, deadline: Duration) -> anyhow::Result<()> {
-        self.command(&Command::GroupOffline {
-            name: group.to_owned(),
-            reason: "a suite wants it so".into(),
-        })?;
-        self.wait(group, "to be offline", deadline, |group| matches!(group.state, GroupState::Offline { .. }))
-            .map(drop)
+    /// It did not go offline.
+    pub fn offline(&self, group: &str) -> anyhow::Result<()> {
+        self.ctl(&["group", "offline", group])?;
+        self.is_reached(group, |group| matches!(group.state, GroupState::Offline { .. }))
     }
 
-    /// Has a group moved.
+    /// Orders something of the group, and does not wait until it is reached: `online`, `offline`.
+    ///
+    /// # Errors
+    /// Refused.
+    pub fn order(&self, verb: &str, group: &str) -> anyhow::Result<()> {
+        self.ctl(&["group", verb, group, "--no-wait"]).map(drop)
+    }
+
+    /// Has a group moved, and does not wait for it.
     ///
     /// # Errors
     /// Refused.
     pub fn start_move(&self, group: &str, to: &str, how: MoveKind) -> anyhow::Result<()> {
-        let db = self.db()?;
-        let generation = group_of(&db, group)?.generation;
-        let to = db.node_by_name(to).map(|node| node.id).with_context(|| format!("no node {to}"))?;
-        self.command(&Command::GroupRelease {
-            name: group.to_owned(),
-            generation,
-            to: Some(to),
-            how,
-            reason: "a suite wants it there".into(),
-            cause: MoveCause::Order,
-        })
+        self.ctl(&["group", "move", group, "--to", to, &format!("--{how}"), "--no-wait"]).map(drop)
     }
 
-    /// Moves a group, and waits until it is online there.
+    /// Moves a group.
     ///
     /// # Errors
-    /// Refused, or not in time.
-    pub fn move_to(&self, group: &str, to: &str, how: MoveKind, deadline: Duration) -> anyhow::Result<()> {
-        self.start_move(group, to, how)?;
-        self.wait_online_at(group, to, deadline)
+    /// It did not come online there.
+    pub fn move_to(&self, group: &str, to: &str, how: MoveKind) -> anyhow::Result<()> {
+        self.ctl(&["group", "move", group, "--to", to, &format!("--{how}")])?;
+        let number = self.number(to)?;
+        self.is_reached(group, |group| group.state == GroupState::Online && group.owner == Some(number))
+    }
+
+    /// What csvctl has waited for is so.
+    fn is_reached(&self, name: &str, is_so: impl Fn(&Group) -> bool) -> anyhow::Result<()> {
+        ensure!(is_so(&self.group(name)?), "csvctl was satisfied with this: {}", self.describe(name));
+        Ok(())
     }
 
     /// The group.
@@ -279,6 +281,40 @@ impl<'a> Groups<'a> {
         }
         text
     }
+}
+
+/// As `csvctl resource add` takes them.
+fn arguments(db: &ClusterDb, resource: &NewResource) -> Vec<String> {
+    let mut args = vec![format!("--group={}", resource.group), format!("--type={}", resource.kind)];
+    args.extend(resource.properties.iter().map(|(key, value)| format!("--set={key}={value}")));
+    args.extend(resource.checkpoints.iter().map(|path| format!("--checkpoint={path}")));
+    if !resource.depends.is_empty() {
+        args.push(format!("--depends={}", resource.depends));
+    }
+    if !resource.possible.is_empty() {
+        let names: Vec<String> = resource.possible.iter().map(|node| db.node_name(*node)).collect();
+        args.push(format!("--possible={}", names.join(",")));
+    }
+    let (policy, usual) = (&resource.policy, ResourcePolicy::default());
+    if policy.restart_threshold != usual.restart_threshold {
+        args.push(format!("--restart-threshold={}", policy.restart_threshold));
+    }
+    if policy.retry_after_ms == 0 {
+        args.push("--retry-after=never".to_owned());
+    }
+    if policy.separate_monitor {
+        args.push("--separate-monitor=on".to_owned());
+    }
+    let looks = policy.looks_alive_ms.map(|ms| ("looks-alive", ms));
+    let is = policy.is_alive_ms.map(|ms| ("is-alive", ms));
+    let times = [
+        ("restart-delay", policy.restart_delay_ms),
+        ("pending-timeout", policy.pending_timeout_ms),
+        ("deadlock-timeout", policy.deadlock_timeout_ms),
+    ];
+    let times = times.into_iter().chain(looks).chain(is);
+    args.extend(times.map(|(option, ms)| format!("--{option}={ms}ms")));
+    args
 }
 
 fn group_of<'a>(db: &'a ClusterDb, name: &str) -> anyhow::Result<&'a Group> {

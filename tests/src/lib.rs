@@ -9,6 +9,7 @@
 //! `CSV_TEST_FS` (`ext4` or `xfs`), `CSV_TEST_KEEP=1` (leave a lab up after a failure, to look at it).
 
 pub mod agent;
+pub mod client;
 pub mod driver;
 pub mod files;
 pub mod fsck;

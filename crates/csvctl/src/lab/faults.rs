@@ -8,6 +8,8 @@ use crate::admin;
 use anyhow::{Context, bail};
 use csv_types::admin::{PathFault, Request};
 use csvd::client::ClientError;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 /// Time for csvfs to shut its file system down.
@@ -20,6 +22,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(60);
 pub(super) fn crash(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
     let target = lab.node(name)?.clone();
     let run = node::path_of(lab, &target, "/run/csv")?;
+    // Nobody hears of what happens to the node now.
+    net::switch_off(lab, &target)?;
     let request = Request::Crash { volume: lab.volume.clone() };
     let mut asked = csvd::client::call(&run.join("csvd.sock"), &request, CRASH_LIMIT);
     if let Err(ClientError::Connect { .. }) = asked {
@@ -31,14 +35,37 @@ pub(super) fn crash(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
         Ok(_) | Err(ClientError::Unknown { .. } | ClientError::Connect { .. }) => None,
         Err(e @ (ClientError::Refused(_) | ClientError::Protocol { .. })) => Some(e),
     };
+    let disks = shut_down_disks(lab, &target);
     node::kill(lab, &target)?;
     take_path(lab, name)?;
-    match refused {
-        None => Ok(()),
-        Some(e) => Err(e).context(format!(
+    let no_power_cut = || {
+        format!(
             "{name} was killed, but its file system was not shut down first, so this was no true power cut"
-        )),
+        )
+    };
+    refused.map_or(Ok(()), Err).with_context(no_power_cut)?;
+    disks.with_context(no_power_cut)
+}
+
+/// What the node has mounted of the lab's disks: its memory of them goes without being written.
+fn shut_down_disks(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
+    let mut numbers = Vec::new();
+    for device in node.disk_luns.values() {
+        let rdev = fs::metadata(device).with_context(|| device.display().to_string())?.rdev();
+        numbers.push(format!("{}:{}", rustix::fs::major(rdev), rustix::fs::minor(rdev)));
     }
+    if numbers.is_empty() {
+        return Ok(());
+    }
+    let mounts = fs::read_to_string(node::path_of(lab, node, "/proc/1/mountinfo")?)?;
+    // proc_pid_mountinfo(5): the device's number is the third field, the mount point the fifth.
+    let fields = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    for fields in fields.filter(|fields| fields.get(2).is_some_and(|n| numbers.iter().any(|of| of == n))) {
+        let point = fields.get(4).copied().unwrap_or_default().replace("\\040", " ");
+        let root = fs::File::open(node::path_of(lab, node, &point)?).with_context(|| point.clone())?;
+        csv_lun::sys::fs_shutdown(&root, csv_lun::sys::SHUTDOWN_NOLOGFLUSH).with_context(|| point.clone())?;
+    }
+    Ok(())
 }
 
 fn take_path(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
@@ -61,6 +88,7 @@ pub(super) fn stop(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
         })?;
         node::kill(lab, &target)?;
     }
+    net::switch_off(lab, &target)?;
     take_path(lab, name)
 }
 

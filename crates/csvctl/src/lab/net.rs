@@ -30,6 +30,23 @@ pub(super) fn create(lab: &Lab) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The node's machine is switched on: it has its own address and no other, whatever resources had given it before.
+pub(super) fn switch_on(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
+    let (ns, own) = (lab.node_netns(&node.name), format!("{}/24", lab.addr(node)));
+    let shown = ip(&format!("-n {ns} -o addr show dev eth0 scope global"))?;
+    for addr in shown.lines().filter_map(|line| line.split_whitespace().nth(3)) {
+        if addr != own {
+            ip(&format!("-n {ns} addr del {addr} dev eth0"))?;
+        }
+    }
+    ip(&format!("-n {} link set {} up", lab.netns(), node.name)).map(drop)
+}
+
+/// The node's machine has no power: its end of the network is dead, so the kernel, which lives on, does not answer for it.
+pub(super) fn switch_off(lab: &Lab, node: &LabNode) -> anyhow::Result<()> {
+    ip(&format!("-n {} link set {} down", lab.netns(), node.name)).map(drop)
+}
+
 /// Cuts `node` off from `others`, both ways.
 pub(super) fn partition(lab: &Lab, node: &LabNode, others: &[&LabNode]) -> anyhow::Result<()> {
     for other in others {

@@ -138,6 +138,7 @@ pub(super) fn start(lab: &mut Lab, name: &str) -> anyhow::Result<()> {
         fs::create_dir_all(node_dir.join(dir))?;
     }
     lun::attach_nodes(lab)?;
+    net::switch_on(lab, lab.node(name)?)?;
     write_config(lab, lab.node(name)?)?;
     let pid = start_holder(lab, name)?;
     lab.node_mut(name)?.holder_pid = Some(pid);

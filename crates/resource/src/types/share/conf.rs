@@ -175,8 +175,9 @@ pub(super) fn share(properties: &Properties, place: Place) -> String {
     }
     let _ = write!(
         out,
-        "vfs objects = catia\ncatia:mappings = {}\ninherit acls = yes\nstrict sync = yes\nmangled names = no\n",
-        catia_mappings()
+        "vfs objects = catia\ncatia:mappings = {}\ninherit acls = yes\nstrict sync = yes\nsync always = {}\nmangled names = no\n",
+        catia_mappings(),
+        yes(is_set("write_through", true))
     );
     out.push_str(place_options(is_durable(properties, place), place).as_str());
     out
@@ -309,6 +310,13 @@ mod tests {
                 && text.contains("\noplocks = no")
         );
         assert!(share(&with(&[("read_only", "true")]), Place::Disk).contains("read only = yes"));
+    }
+
+    #[test]
+    fn writes_go_through_to_the_disk_unless_told() {
+        let has = |more: &[(&str, &str)]| share(&with(more), Place::Disk).contains("sync always = yes");
+        assert!(has(&[]));
+        assert!(!has(&[("write_through", "false")]));
     }
 
     #[test]

@@ -73,6 +73,13 @@ fn properties() -> Vec<Property> {
             "clients keep open files over a short loss of the connection; auto: on a disk only, since programs of other nodes do not see \
              SMB locks then. Samba has no handles that survive a failover: clients open their files again",
         ),
+        optional(
+            "write_through",
+            Form::Bool,
+            Some("true"),
+            "what a client was told to be written is on the disk, so that a failover loses nothing of it; false is faster, and loses \
+             what clients have not flushed",
+        ),
         optional("comment", Form::Text, None, "shown beside the share"),
         optional("port", port, Some("445"), "TCP port; the same for all shares of a group"),
         optional(
