@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// How long a watcher waits before it looks whether it is still wanted.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
+/// Lines shown of a console that is not as it should be.
+const TAIL: usize = 30;
+
 /// A line of the journal that the guest said to be durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
@@ -112,6 +115,15 @@ impl Console {
         })
     }
 
+    /// The last lines, each with the time since the one before on the host.
+    fn tail(&self) -> String {
+        let seen = self.seen();
+        let from = seen.len().saturating_sub(TAIL);
+        let line =
+            |two: &[Seen]| format!("\n  {} after {} ms", two[1].line, (two[1].at - two[0].at).as_millis());
+        seen[from..].windows(2).map(line).collect()
+    }
+
     /// The guest had nothing to complain of, and its lines follow each other, with that many boots.
     ///
     /// # Errors
@@ -121,7 +133,8 @@ impl Console {
         ensure!(log.failures.is_empty(), "{}: the guest says: {:?}", self.path.display(), log.failures);
         let lines: Vec<Line> = log.seen.iter().map(|seen| seen.line).collect();
         drop(log);
-        follows(&lines).with_context(|| self.path.display().to_string())?;
+        follows(&lines)
+            .with_context(|| format!("{}, whose last lines are{}", self.path.display(), self.tail()))?;
         let last = lines.last().map_or(0, |line| line.boot);
         ensure!(last == boots, "{}: the guest was started {last} times, not {boots}", self.path.display());
         Ok(())

@@ -32,8 +32,8 @@ pub(super) struct Driven {
     pub(super) config: Option<Config>,
     /// It is ended here, whatever happens.
     pub(super) stopped: bool,
-    /// It is being given away: what was begun for that.
-    pub(super) leaving: bool,
+    /// When the order to give it away was given (Unix ms), once what it takes has begun.
+    pub(super) leaving: Option<u64>,
 }
 
 /// How this node stands.
@@ -147,6 +147,7 @@ impl Driver {
             self.reconcile();
         }
         self.tick();
+        self.hosts.cancel_abandoned();
         self.drop_ended();
         self.end_leftovers();
         self.feed_pending();
@@ -298,7 +299,7 @@ impl Driver {
                 local: LocalGroup::new(generation),
                 config: None,
                 stopped: false,
-                leaving: false,
+                leaving: None,
             });
             // One of an earlier ownership first ends.
             if driven.stopped || driven.local.generation() != generation {

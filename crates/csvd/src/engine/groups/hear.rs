@@ -175,7 +175,10 @@ impl Driver {
 
     /// A host is gone, or given up.
     pub(super) fn lose(&mut self, id: HostId, why: &str) {
-        let Some(lost) = self.hosts.remove(id) else { return };
+        let Some(mut lost) = self.hosts.remove(id) else { return };
+        if lost.culprit.is_none() {
+            lost.culprit = self.hosts.died_again(&lost);
+        }
         if !lost.resources.is_empty() {
             let what = match &lost.culprit {
                 Some(culprit) => format!(", while resource {culprit} was at work"),

@@ -70,6 +70,8 @@ pub(super) struct Failed {
 #[derive(Debug)]
 pub(super) struct Lost {
     pub(super) name: String,
+    /// For one resource alone.
+    own: bool,
     pub(super) resources: BTreeSet<String>,
     pub(super) calls: Vec<Call>,
     /// It was the only resource with something under way: the host ended because of it.
@@ -356,6 +358,23 @@ impl Hosts {
         }
     }
 
+    /// Whoever asked from outside and does not wait any more: the resource need not go on.
+    pub(super) fn cancel_abandoned(&mut self) {
+        let abandoned = |call: &Call| matches!(&call.asker, Asker::Outside(reply) if reply.is_closed());
+        let found: Vec<(u64, HostId)> = self
+            .calls
+            .iter()
+            .filter(|(_, call)| abandoned(call))
+            .map(|(number, call)| (*number, call.host))
+            .collect();
+        for (number, host) in found {
+            if let Some(call) = self.calls.get_mut(&number) {
+                call.asker = Asker::Nobody;
+            }
+            self.say(host, ToHost::Cancel { call: number });
+        }
+    }
+
     pub(super) fn polls(&mut self, resource: &str, on: bool) {
         if let Some(id) = self.places.get(resource).copied() {
             self.say(id, ToHost::Polls { name: resource.to_owned(), on });
@@ -411,21 +430,21 @@ impl Hosts {
         let calls: Vec<Call> = numbers.iter().filter_map(|number| self.calls.remove(number)).collect();
         let busy: BTreeSet<&String> = calls.iter().map(|call| &call.resource).collect();
         let culprit = if busy.len() == 1 { busy.first().map(|name| (*name).clone()) } else { None };
-        let culprit = culprit.or_else(|| self.died_again(link.own, &resources));
-        Some(Lost { name: link.name, culprit, resources, calls })
+        Some(Lost { name: link.name, own: link.own, culprit, resources, calls })
     }
 
     /// A host ended while nothing was asked of it. Once is chance; a host of its own that does so again has its only resource to
     /// blame, and where it is the one for all, each gets a host of its own, so that the one at fault shows itself.
-    fn died_again(&mut self, own: bool, resources: &BTreeSet<String>) -> Option<String> {
+    pub(super) fn died_again(&mut self, lost: &Lost) -> Option<String> {
+        let Lost { own, resources, .. } = lost;
         let now = Instant::now();
         self.deaths.retain(|_, at| now.duration_since(*at) < DEATHS_PERIOD);
-        let name = if own { resources.first().cloned()? } else { String::new() };
+        let name = if *own { resources.first().cloned()? } else { String::new() };
         let again = !resources.is_empty() && self.deaths.insert(name.clone(), now).is_some();
-        if again && !own {
+        if again && !*own {
             self.scatter = Some(now);
         }
-        (again && own).then_some(name)
+        (again && *own).then_some(name)
     }
 
     fn scatters(&self) -> bool {

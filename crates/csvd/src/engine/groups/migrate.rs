@@ -162,9 +162,26 @@ impl Engine {
             .await
             .map_err(|why| format!("{} cannot take it: {why}", self.node_name(order.to)))?;
         let arguments = json!({ "uri": there["uri"], "tls_hostname": self.node_name(order.to) });
-        let account = self.groups.control(machine, "migrate", arguments, SEND_LIMIT).await?;
+        let account = tokio::select! {
+            account = self.groups.control(machine, "migrate", arguments, SEND_LIMIT) => account?,
+            () = self.is_gone(order.to) => {
+                // Nobody waits for it any more, which ends it; a connection to a machine without power lasts for long.
+                self.groups.wake();
+                return Err(format!("{} is not up any more", self.node_name(order.to)));
+            }
+        };
         tracing::info!(machine, %account, "sent");
         Ok(())
+    }
+
+    /// Waits until the node is not up, by the database.
+    async fn is_gone(&self, node: NodeId) {
+        let mut changes = self.db.changes();
+        while self.db.read().nodes.get(&node).is_some_and(|node| node.is_up()) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     fn releases(&self, order: &Order) -> bool {

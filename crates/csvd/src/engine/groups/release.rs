@@ -51,11 +51,13 @@ impl Driver {
         let Some(config) = driven.config.clone() else { return };
         let GroupState::Releasing { to, how, cause, .. } = config.group.state.clone() else {
             if let Some(driven) = self.driven.get_mut(name) {
-                driven.leaving = false;
+                driven.leaving = None;
             }
             return;
         };
-        if driven.leaving {
+        // One order may come right behind another that was given up.
+        let order = config.group.since_unix_ms;
+        if driven.leaving == Some(order) {
             return;
         }
         let has_machines = config.resources.values().any(|resource| resource.kind == MACHINE);
@@ -81,7 +83,7 @@ impl Driver {
             None => self.go_offline(&config, to, how),
         }
         if let Some(driven) = self.driven.get_mut(name) {
-            driven.leaving = true;
+            driven.leaving = Some(order);
         }
     }
 

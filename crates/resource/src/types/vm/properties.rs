@@ -34,7 +34,7 @@ fn hardware() -> Vec<Property> {
             "disk, disk1, ..: PATH[,format=raw|qcow2][,bus=virtio|scsi|sata][,readonly=on]; PATH is an image or a block device, \
              a comma in it is written twice; read-only on sata it is a CD; format by default qcow2 for a name that ends so, else raw",
         ),
-        optional("memory_mib", number(16, 16 << 20), Some("1024"), "memory, in MiB"),
+        optional("memory_mib", number(16, 16 << 20), Some("1024"), "memory, in MiB; 64 KiB less without KVM"),
         optional("cpus", number(1, 512), Some("1"), "virtual processors"),
         optional(
             "machine",
