@@ -1,7 +1,7 @@
 //! What runs in the guest: a journal on its disk that gets a line twice a second, each durable before the console tells of it.
 //!
 //! A line is `WHAT NUMBER BOOT MONO_NS WALL_NS`: `boot` once for each start, `tick` for the counter, `off` when the power button
-//! was pressed. Meanwhile its memory is written and compared ([`Memory`]). Numbers go on from boot to boot without a gap, so a
+//! was pressed. Meanwhile its memory is written and compared (`Memory`). Numbers go on from boot to boot without a gap, so a
 //! lost line shows, and so does one that the guest never wrote. Times are the guest's own: since it started to count, and of its clock.
 
 use super::line::{Line, What};

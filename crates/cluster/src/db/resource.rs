@@ -117,6 +117,9 @@ pub struct Resource {
     pub possible: Vec<NodeId>,
     /// Should it be online when its group is?
     pub want_online: bool,
+    /// When an administrator wanted it online last (Unix ms): whatever failed before then is forgotten.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wanted_unix_ms: Option<u64>,
     /// Failure and polls.
     pub policy: ResourcePolicy,
     /// Files that follow it to the next node (absolute paths).

@@ -204,7 +204,13 @@ impl ClusterDb {
 
     fn group_online(&mut self, at: At, name: &str) -> Answer {
         let group = self.need_group(name)?;
-        let fresh = group.failures.is_empty() && group.given_up.is_none() && group.failovers.is_empty();
+        let has_failed = |resource: &super::super::Resource| {
+            resource.group == name && resource.want_online && resource.status.state == ResourceState::Failed
+        };
+        let fresh = group.failures.is_empty()
+            && group.given_up.is_none()
+            && group.failovers.is_empty()
+            && !self.resources.values().any(has_failed);
         let stays =
             self.group_owner_stands(group) && !matches!(group.state, GroupState::Releasing { to: None, .. });
         if group.want_online && fresh && (stays || group.ordered_unix_ms.is_some()) {
@@ -217,6 +223,9 @@ impl ClusterDb {
         }
         forget_failures(group);
         group.failovers.clear();
+        for resource in self.resources.values_mut().filter(|resource| has_failed(resource)) {
+            resource.wanted_unix_ms = Some(at);
+        }
         self.emit(at, EventKind::GroupWanted, None, name, format!("group {name} is to be online"));
         done()
     }

@@ -118,6 +118,7 @@ impl ClusterDb {
             depends: new.depends,
             possible: new.possible,
             want_online: new.want_online,
+            wanted_unix_ms: None,
             policy: new.policy,
             checkpoints: new.checkpoints,
             status: ResourceStatus { since_unix_ms: at, ..ResourceStatus::default() },
@@ -209,8 +210,12 @@ impl ClusterDb {
         let resource = self.need_resource(name)?;
         self.check_leaves_group(resource)?;
         self.resources.remove(name);
-        let prefix = format!("{name}:");
-        self.checkpoints.retain(|key, _| !key.starts_with(&prefix));
+        // As the owner names them: `resource:NAME:NUMBER`.
+        let number = |key: &str| {
+            let number = key.strip_prefix("resource:")?.strip_prefix(name)?.strip_prefix(':')?;
+            number.bytes().all(|byte| byte.is_ascii_digit()).then_some(())
+        };
+        self.checkpoints.retain(|key, _| number(key).is_none());
         self.emit(at, EventKind::ResourceRemoved, None, name, format!("resource {name} was removed"));
         done()
     }
@@ -218,13 +223,16 @@ impl ClusterDb {
     fn resource_want(&mut self, at: At, name: &str, online: bool) -> Answer {
         let resource = self.need_resource(name)?;
         let failed = resource.status.state == ResourceState::Failed;
-        let group = self.need_group(&resource.group)?;
-        if resource.want_online == online && !(online && failed && group.given_up.is_some()) {
+        self.need_group(&resource.group)?;
+        if resource.want_online == online && !(online && failed) {
             return unchanged();
         }
         let group = resource.group.clone();
         if let Some(resource) = self.resources.get_mut(name) {
             resource.want_online = online;
+            if online {
+                resource.wanted_unix_ms = Some(at);
+            }
         }
         if let Some(group) = self.groups.get_mut(&group).filter(|_| online) {
             group.given_up = None;

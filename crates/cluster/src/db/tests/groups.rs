@@ -226,9 +226,12 @@ fn types_and_wants() {
     bed.refused(Command::ResourceRemove { name: "t".into() }, "take it offline first");
     bed.ok(Command::ResourceOffline { name: "t".into() });
     assert_eq!(bed.ok(Command::ResourceOffline { name: "t".into() }), Applied::Unchanged);
-    bed.ok(Command::CheckpointPut { name: "t:1".into(), value: vec![1] });
+    for name in ["resource:t:0", "resource:t:11", "resource:t:1:0"] {
+        bed.ok(Command::CheckpointPut { name: name.into(), value: vec![1] });
+    }
     bed.ok(Command::ResourceRemove { name: "t".into() });
-    assert!(bed.db.checkpoints.is_empty());
+    // The last is one of a resource "t:1".
+    assert_eq!(bed.db.checkpoints.keys().collect::<Vec<_>>(), ["resource:t:1:0"]);
     bed.ok(Command::TypeRemove { name: "T".into() });
     bed.ok(Command::GroupMaintenance { name: "g".into(), on: true });
     assert_eq!(bed.ok(Command::GroupMaintenance { name: "g".into(), on: true }), Applied::Unchanged);

@@ -50,7 +50,10 @@ impl LocalGroup {
         if self.mode == Mode::Release && !releasing {
             self.mode = Mode::Run;
         }
-        let afresh = before.as_ref().zip(group).is_some_and(|(before, group)| wanted_afresh(before, group));
+        let afresh = before
+            .as_ref()
+            .zip(group)
+            .is_some_and(|(before, group)| wanted_afresh(before, group, self.said_online));
         let changed = self.take_resources(&config.resources);
         self.mark_stale(&changed);
         if afresh {
@@ -77,7 +80,7 @@ impl LocalGroup {
                 self.units.insert(name.clone(), Unit::new(spec));
                 continue;
             };
-            let was_wanted = unit.spec.want_online;
+            let wanted = (unit.spec.want_online, unit.spec.wanted_unix_ms);
             let another = unit.spec.kind != spec.kind;
             let same = !another && !unit.removed && same_for_host(&unit.spec, spec);
             unit.set_spec(spec);
@@ -92,8 +95,9 @@ impl LocalGroup {
                 changed.insert(name.clone());
             }
             // Something may be different now: with the administrator's word, or with what it is given to work with.
-            if was_wanted != spec.want_online || !same {
-                unit.forgive_unless_noted(was_wanted != spec.want_online);
+            let ordered = wanted != (spec.want_online, spec.wanted_unix_ms);
+            if ordered || !same {
+                unit.forgive_unless_noted(ordered);
             }
         }
         changed
@@ -225,10 +229,11 @@ impl Unit {
     }
 }
 
-/// Does an administrator want the group online (again), whatever happened before?
-fn wanted_afresh(before: &Group, group: &Group) -> bool {
+/// Does an administrator want the group online (again), whatever happened before? (Failures are also forgotten when the group has
+/// come online, which says nothing of what has happened since.)
+fn wanted_afresh(before: &Group, group: &Group, came_online: bool) -> bool {
     let given_up = before.given_up.is_some() && group.given_up.is_none();
-    let forgotten = !before.failures.is_empty() && group.failures.is_empty();
+    let forgotten = !before.failures.is_empty() && group.failures.is_empty() && !came_online;
     let wanted = !before.want_online && group.want_online;
     given_up || forgotten || wanted
 }

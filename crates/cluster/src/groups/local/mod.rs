@@ -239,6 +239,8 @@ pub struct LocalGroup {
     units: BTreeMap<String, Unit>,
     last_call: u64,
     state: GroupState,
+    /// It was online since the database has failures of it: when they are forgotten, that may be why.
+    said_online: bool,
 }
 
 impl LocalGroup {
@@ -253,6 +255,7 @@ impl LocalGroup {
             units: BTreeMap::new(),
             last_call: 0,
             state: GroupState::Pending,
+            said_online: false,
         }
     }
 

@@ -28,6 +28,8 @@ impl LocalGroup {
             unit.shown = ResourceStatus { state, why, since_unix_ms };
         }
         self.state = self.group_state();
+        let failures = self.group.as_ref().is_some_and(|group| !group.failures.is_empty());
+        self.said_online = failures && (self.said_online || self.state == GroupState::Online);
     }
 
     /// Resources that are online or may come online by themselves.
@@ -152,12 +154,15 @@ impl LocalGroup {
         let wanted = || self.units.iter().filter(|(_, unit)| unit.spec.want_online && !unit.removed);
         let reason = |name: &str, unit: &Unit| format!("[{name}] {}", unit.shown.why);
         // What cannot be ended here cannot go elsewhere; what fails everywhere alike need not.
-        let fails = wanted().find(|(_, unit)| {
-            let final_here = matches!(unit.trouble, Some(Trouble::Final { elsewhere: true, .. }));
-            final_here && unit.spec.policy.affects_group && unit.ending.is_none() && unit.opening.is_none()
+        let fails = wanted().find_map(|(name, unit)| {
+            let Some(Trouble::Final { elsewhere: true, why, .. }) = &unit.trouble else { return None };
+            let fails = unit.spec.policy.affects_group && unit.ending.is_none() && unit.opening.is_none();
+            // Not what is shown: that changes when the group goes offline.
+            fails.then(|| format!("[{name}] {why}"))
         });
-        if let Some((name, unit)) = fails {
-            return GroupState::Failed { reason: reason(name, unit) };
+        if let Some(mut reason) = fails {
+            cut(&mut reason);
+            return GroupState::Failed { reason };
         }
         // Nobody has been asked yet: as it was.
         let asked = |unit: &Unit| matches!(unit.presence, Presence::Asked { .. }) && unit.initial;

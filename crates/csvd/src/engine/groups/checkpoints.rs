@@ -32,6 +32,8 @@ const FILE_BYTES_MAX: u64 = 500_000;
 /// Stands before a file's bytes, as a line of JSON.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Head {
+    /// Which file it is: the list may have changed since.
+    path: String,
     node: NodeId,
     mode: u32,
     uid: u32,
@@ -75,6 +77,9 @@ fn restore_one(path: &Path, kept: &[u8], me: NodeId) -> Result<(), String> {
     let cannot = |error: std::io::Error| format!("{} cannot be put in place: {error}", path.display());
     let (head, bytes) = decode(kept)
         .ok_or_else(|| format!("what the cluster keeps of {} is not understood", path.display()))?;
+    if Path::new(&head.path) != path {
+        return Ok(());
+    }
     // This node's own file is as new as what it saved, or newer.
     if head.node == me && path.exists() {
         return Ok(());
@@ -111,7 +116,13 @@ fn look(path: &Path, seen: Option<&Seen>, me: NodeId) -> Result<Option<(Seen, Ve
         ));
     }
     let bytes = fs::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    let head = Head { node: me, mode: meta.mode(), uid: meta.uid(), gid: meta.gid() };
+    let head = Head {
+        path: path.display().to_string(),
+        node: me,
+        mode: meta.mode(),
+        uid: meta.uid(),
+        gid: meta.gid(),
+    };
     Ok(Some((now, encode(&head, &bytes))))
 }
 
@@ -213,6 +224,9 @@ mod tests {
         restore_one(&path, &kept, two).unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"first\nsecond");
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o640);
+        // Another file, that stood in its place in the list.
+        restore_one(&dir.path().join("deep/other"), &kept, two).unwrap();
+        assert!(!dir.path().join("deep/other").exists());
         // What is missing is put in place anywhere.
         fs::remove_dir_all(dir.path().join("deep")).unwrap();
         restore_one(&path, &kept, one).unwrap();

@@ -96,6 +96,32 @@ fn one_that_does_not_affect_the_group_leaves_it_partially_online_and_zero_is_nev
 }
 
 #[test]
+fn failures_that_are_forgotten_because_it_came_online_forgive_no_restart() {
+    let mut world = World::new(&[("a", "")]);
+    let (node, why) = (csv_types::NodeId(1), "it broke there".into());
+    world.config.group.failures = vec![crate::db::GroupFailure { node, at_unix_ms: 0, why }];
+    world.configure();
+    world.obey();
+    world.breaks("a", Alive::No);
+    world.pass(1_000);
+    // The database forgets them when it hears of this; the owner may be past it when it sees that.
+    assert_eq!(world.group.state(), GroupState::Online);
+    world.breaks("a", Alive::No);
+    world.obey();
+    world.config.group.failures.clear();
+    world.configure();
+    assert_eq!(failed(&world), "[a] it broke", "it may be started again once within its period");
+    // An administrator's word counts all the same.
+    let (node, why) = (csv_types::NodeId(2), "it broke".into());
+    world.config.group.failures = vec![crate::db::GroupFailure { node, at_unix_ms: 0, why }];
+    world.configure();
+    world.config.group.failures.clear();
+    world.configure();
+    world.obey();
+    assert_eq!(world.group.state(), GroupState::Online);
+}
+
+#[test]
 fn an_administrator_is_obeyed_at_once_and_with_fresh_counts() {
     type Order = fn(&mut World);
     let orders: [(&str, Order); 4] = [
