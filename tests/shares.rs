@@ -25,6 +25,7 @@ const TRY: Duration = Duration::from_secs(3);
 /// Longer than the manager takes to see that a node has settled.
 const IN_VAIN: Duration = Duration::from_secs(5);
 const GROUP: &str = "files";
+const PRIVATE: &str = "/var/lib/csv/fileserver/files/private";
 const MOUNT: &str = "/var/lib/csv/mnt/data";
 /// Users of the system that have a password for the server: one writes, one reads, one is in no list.
 const USERS: [&str; 3] = ["backup", "games", "news"];
@@ -71,10 +72,9 @@ fn make_group(lab: &Lab, client: &Client, failback: &str) -> anyhow::Result<()> 
         )
     };
     let path = format!("{MOUNT}/docs");
-    let private = format!("/var/lib/csv/fileserver/{GROUP}/private");
     let share = NewResource {
         depends: "[disk] and [address] and [name]".into(),
-        checkpoints: ["passdb.tdb", "secrets.tdb"].map(|file| format!("{private}/{file}")).into(),
+        checkpoints: ["passdb.tdb", "secrets.tdb"].map(|file| format!("{PRIVATE}/{file}")).into(),
         ..resource(
             GROUP,
             "share",
@@ -108,12 +108,7 @@ fn make_users(lab: &Lab) -> anyhow::Result<()> {
     }
     let owner = groups.owner(GROUP)?;
     lab.sh(&owner, &format!("setfacl -m u:games:rx,d:u:games:rx {MOUNT}/docs && sync -f {MOUNT}/docs"))?;
-    wait::until("the passwords to be kept by the cluster", DEADLINE, || {
-        let has = |value: &Vec<u8>| {
-            USERS.iter().all(|user| value.windows(user.len()).any(|at| at == user.as_bytes()))
-        };
-        Ok(groups.db()?.checkpoints.values().any(has).then_some(()))
-    })
+    groups.wait_kept(&owner, &format!("{PRIVATE}/passdb.tdb"), DEADLINE)
 }
 
 /// A client's programs for SMB, which look names up in the DNS only and know no configuration.

@@ -4,7 +4,8 @@ use crate::lab::Lab;
 use crate::{membership, wait};
 use anyhow::{Context as _, bail, ensure};
 use csv_cluster::db::{
-    ClusterDb, Command, Group, GroupState, MoveKind, NewResource, Resource, ResourcePolicy, ResourceState,
+    ClusterDb, Command, FileHead, Group, GroupState, MoveKind, NewResource, Resource, ResourcePolicy,
+    ResourceState,
 };
 use csv_types::NodeId;
 use serde_json::{Value, json};
@@ -243,6 +244,24 @@ impl<'a> Groups<'a> {
             let status = &resource.status;
             ensure!(status.state == state, "it is {} ({})", status.state, status.why);
             Ok(Some(resource))
+        })
+    }
+
+    /// Waits until the cluster keeps a file of a resource as it is on `node`, by its length and when it was written.
+    ///
+    /// # Errors
+    /// A file that cannot be looked at, or the deadline.
+    pub fn wait_kept(&self, node: &str, path: &str, deadline: Duration) -> anyhow::Result<()> {
+        wait::until(&format!("{path} to be kept by the cluster"), deadline, || {
+            let is = self.lab.sh(node, &format!("stat -c '%s %.9Y' {path}"))?;
+            let kept = self.db()?.checkpoints.into_values();
+            let mut heads = kept.filter_map(|value| FileHead::decode(&value).map(|(head, _)| head));
+            let as_it_is = |head: &FileHead| {
+                let (seconds, ns) =
+                    (head.modified_unix_ns / 1_000_000_000, head.modified_unix_ns % 1_000_000_000);
+                head.path == path && format!("{} {seconds}.{ns:09}", head.bytes) == is.trim()
+            };
+            Ok(heads.any(|head| as_it_is(&head)).then_some(()))
         })
     }
 

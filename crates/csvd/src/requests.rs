@@ -41,8 +41,8 @@ pub(crate) fn answer(daemon: &Daemon, request: ClusterRequest) -> Result<Value> 
             let mut db = daemon.engine()?.db.read().clone();
             db.secrets = Default::default();
             db.tokens.clear();
-            // Files of resources, which may be secrets too, and are long.
-            db.checkpoints.values_mut().for_each(Vec::clear);
+            // Files of resources may be secrets too, and are long.
+            db.checkpoints.values_mut().for_each(csv_cluster::db::FileHead::alone);
             Ok(serde_json::to_value(&db)?)
         }
         ClusterRequest::Command { command } => {

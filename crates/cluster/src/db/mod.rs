@@ -13,6 +13,7 @@
 
 mod apply;
 mod check;
+pub mod checkpoint;
 pub mod command;
 pub mod events;
 pub mod group;
@@ -29,6 +30,7 @@ pub mod volume;
 pub(crate) mod tests;
 
 pub use apply::restore::{RESTORE_EPOCHS, RESTORE_GENERATIONS, RESTORE_NODES};
+pub use checkpoint::FileHead;
 pub use command::{
     Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, NewResource,
     ResourceChange, decode_answer, encode_answer,

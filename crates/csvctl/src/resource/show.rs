@@ -6,7 +6,7 @@ use crate::args::duration_text;
 use crate::group::show::{since, waiting};
 use crate::names::{self, dash, node_names, resources_of};
 use crate::output::{rfc3339, table};
-use csv_cluster::db::{ClusterDb, Resource};
+use csv_cluster::db::{ClusterDb, FileHead, Resource};
 use csv_resource::api::TypeInfo;
 use csv_types::config::LocalConfig;
 use csvd::groups::Waiting;
@@ -166,6 +166,7 @@ fn object(db: &ClusterDb, of: &Resource, waiting: &Waiting, info: Option<&TypeIn
         "possible": of.possible.iter().map(|node| db.node_name(*node)).collect::<Vec<_>>(),
         "policy": of.policy,
         "checkpoints": of.checkpoints,
+        "checkpoints_kept": kept(db, of),
         "dependents": dependents,
         "properties_with_defaults": properties(&of.properties, info),
         "group_waits_for": waiting.get(&of.group),
@@ -246,8 +247,29 @@ fn facts(
     facts.push(("needed by", dash(dependents(db, of).join(","))));
     let possible = if of.possible.is_empty() { "any".to_owned() } else { node_names(db, &of.possible) };
     facts.push(("possible owners", possible));
-    facts.push(("files that follow it", dash(of.checkpoints.join(","))));
+    facts.push(("files that follow it", dash(files(db, of))));
     facts
+}
+
+/// What the cluster keeps of each file that follows it; nothing of one that was never saved.
+fn kept(db: &ClusterDb, of: &Resource) -> Vec<Option<FileHead>> {
+    let head = |(index, path): (usize, &String)| {
+        let value = db.checkpoints.get(&FileHead::key(&of.name, index))?;
+        FileHead::decode(value).map(|(head, _)| head).filter(|head| head.path == *path)
+    };
+    of.checkpoints.iter().enumerate().map(head).collect()
+}
+
+fn files(db: &ClusterDb, of: &Resource) -> String {
+    let text = |(path, kept): (&String, Option<FileHead>)| match kept {
+        None => format!("{path} (not saved yet)"),
+        Some(head) => {
+            let (node, ms) = (db.node_name(head.node), head.modified_unix_ns / 1_000_000);
+            let written = rfc3339(u64::try_from(ms).unwrap_or(0));
+            format!("{path} ({} bytes, written {written}, saved by {node})", head.bytes)
+        }
+    };
+    of.checkpoints.iter().zip(kept(db, of)).map(text).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]
@@ -283,6 +305,25 @@ mod tests {
         let object = row(&bed.db, &bed.db.resources["ip"]);
         assert_eq!((&object["state"], &object["node"]), (&json!("failed"), &json!("n2")));
         assert!(of_group_table(&bed.db, "fs").lines().count() == 3);
+    }
+
+    #[test]
+    fn files_that_follow_say_whether_they_are_kept() {
+        let mut bed = bed();
+        let (path, node) = ("/etc/a".to_owned(), csv_types::NodeId(2));
+        let head = FileHead { path, node, mode: 0, uid: 0, gid: 0, bytes: 5, modified_unix_ns: 0 };
+        let change = csv_cluster::db::ResourceChange {
+            checkpoints: Some(["/etc/a", "/etc/b", "/etc/c"].map(str::to_owned).into()),
+            ..Default::default()
+        };
+        bed.ok(Command::ResourceSet { name: "ip".into(), change });
+        bed.ok(Command::CheckpointPut { name: FileHead::key("ip", 0), value: head.encode(b"bytes") });
+        // Of a file that stood there before.
+        bed.ok(Command::CheckpointPut { name: FileHead::key("ip", 1), value: head.encode(b"bytes") });
+        assert_eq!(
+            files(&bed.db, &bed.db.resources["ip"]),
+            "/etc/a (5 bytes, written 1970-01-01T00:00:00Z, saved by n2), /etc/b (not saved yet), /etc/c (not saved yet)"
+        );
     }
 
     #[test]

@@ -10,10 +10,9 @@
 
 use super::{Local, News};
 use crate::engine::Engine;
-use csv_cluster::db::{Command, ResourceState};
+use csv_cluster::db::{Command, FileHead, ResourceState};
 use csv_cluster::groups::local::Input;
 use csv_types::NodeId;
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -29,35 +28,8 @@ const PROPOSE_LIMIT: Duration = Duration::from_secs(5);
 /// Bytes of a file, so that it and its head fit into a checkpoint.
 const FILE_BYTES_MAX: u64 = 500_000;
 
-/// Stands before a file's bytes, as a line of JSON.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Head {
-    /// Which file it is: the list may have changed since.
-    path: String,
-    node: NodeId,
-    mode: u32,
-    uid: u32,
-    gid: u32,
-}
-
 /// What tells whether a file has changed: device, inode, size, and when it was changed.
 type Seen = (u64, u64, u64, i64, i64);
-
-fn key(resource: &str, index: usize) -> String {
-    format!("resource:{resource}:{index}")
-}
-
-fn encode(head: &Head, bytes: &[u8]) -> Vec<u8> {
-    let mut value = serde_json::to_vec(head).unwrap_or_default();
-    value.push(b'\n');
-    value.extend_from_slice(bytes);
-    value
-}
-
-fn decode(value: &[u8]) -> Option<(Head, &[u8])> {
-    let end = value.iter().position(|byte| *byte == b'\n')?;
-    Some((serde_json::from_slice(value.get(..end)?).ok()?, value.get(end + 1..)?))
-}
 
 /// Puts files in place, in a thread; the driver hears how it went.
 pub(super) fn restore(engine: &Arc<Engine>, local: &Local, resource: &str, files: Vec<String>) {
@@ -65,7 +37,7 @@ pub(super) fn restore(engine: &Arc<Engine>, local: &Local, resource: &str, files
     let Local { group, generation, call } = local.clone();
     engine.runtime.clone().spawn_blocking(move || {
         let result = files.iter().enumerate().try_for_each(|(index, path)| {
-            let kept = engine.db.read().checkpoints.get(&key(&resource, index)).cloned();
+            let kept = engine.db.read().checkpoints.get(&FileHead::key(&resource, index)).cloned();
             kept.map_or(Ok(()), |kept| restore_one(Path::new(path), &kept, engine.me()))
         });
         // With a full queue the resource's own time-out tells.
@@ -75,7 +47,7 @@ pub(super) fn restore(engine: &Arc<Engine>, local: &Local, resource: &str, files
 
 fn restore_one(path: &Path, kept: &[u8], me: NodeId) -> Result<(), String> {
     let cannot = |error: std::io::Error| format!("{} cannot be put in place: {error}", path.display());
-    let (head, bytes) = decode(kept)
+    let (head, bytes) = FileHead::decode(kept)
         .ok_or_else(|| format!("what the cluster keeps of {} is not understood", path.display()))?;
     if Path::new(&head.path) != path {
         return Ok(());
@@ -116,14 +88,16 @@ fn look(path: &Path, seen: Option<&Seen>, me: NodeId) -> Result<Option<(Seen, Ve
         ));
     }
     let bytes = fs::read(path).map_err(|error| format!("{} cannot be read: {error}", path.display()))?;
-    let head = Head {
+    let head = FileHead {
         path: path.display().to_string(),
         node: me,
         mode: meta.mode(),
         uid: meta.uid(),
         gid: meta.gid(),
+        bytes: bytes.len() as u64,
+        modified_unix_ns: meta.mtime() * 1_000_000_000 + meta.mtime_nsec(),
     };
-    Ok(Some((now, encode(&head, &bytes))))
+    Ok(Some((now, head.encode(&bytes))))
 }
 
 /// Saves files that have changed since they were saved, then hands the input in.
@@ -177,7 +151,7 @@ impl Engine {
 
     async fn save_files(&self, resource: &str, files: &[String], seen: &mut BTreeMap<String, Seen>) {
         for (index, path) in files.iter().enumerate() {
-            let name = key(resource, index);
+            let name = FileHead::key(resource, index);
             let (path, before, me) = (path.clone(), seen.get(&name).copied(), self.me());
             let looked =
                 tokio::task::spawn_blocking(move || look(Path::new(&path), before.as_ref(), me)).await;
