@@ -429,7 +429,10 @@ fn whoever_dies_in_a_migration_the_guest_goes_on() {
     verb(&mut *source, "migrate", &json!({ "uri": uri, "tls_hostname": "n2" }));
     kill(pid(&mut *target));
     assert!(target.control("arrived", &none()).is_err());
-    verb(&mut *source, "resume", &none());
+    let refused = source.control("resume", &none()).unwrap_err();
+    assert!(refused.to_string().contains("being moved"), "{refused}");
+    verb(&mut *source, "hold", &none());
+    verb(&mut *source, "take-back", &none());
     stays(&mut *source, &console);
     console.check(1);
 

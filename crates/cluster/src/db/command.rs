@@ -120,6 +120,17 @@ pub struct NewNode {
     pub cert_sha256: String,
 }
 
+/// A node's turn of having a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ownership {
+    /// The group.
+    pub group: String,
+    /// Number of the turn.
+    pub generation: u64,
+    /// Whose.
+    pub node: NodeId,
+}
+
 /// A change of the database.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -222,11 +233,13 @@ pub enum Command {
     Setting { key: String, value: String },
     /// A property of the cluster; `None` removes it.
     Property { key: String, value: Option<String> },
-    /// A resource's checkpoint.
+    /// A resource's checkpoint. With `owner` it is refused when that has ended: what is late must not replace what is newer.
     CheckpointPut {
         name: String,
         #[serde(with = "super::hex")]
         value: Vec<u8>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        owner: Option<Ownership>,
     },
     /// Forgets a checkpoint.
     CheckpointDelete { name: String },

@@ -32,7 +32,7 @@ pub(crate) mod tests;
 pub use apply::restore::{RESTORE_EPOCHS, RESTORE_GENERATIONS, RESTORE_NODES};
 pub use checkpoint::FileHead;
 pub use command::{
-    Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, NewResource,
+    Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, NewResource, Ownership,
     ResourceChange, decode_answer, encode_answer,
 };
 pub use events::{Event, EventKind, Events, Level, NewEvent};

@@ -317,9 +317,17 @@ mod tests {
             ..Default::default()
         };
         bed.ok(Command::ResourceSet { name: "ip".into(), change });
-        bed.ok(Command::CheckpointPut { name: FileHead::key("ip", 0), value: head.encode(b"bytes") });
+        bed.ok(Command::CheckpointPut {
+            name: FileHead::key("ip", 0),
+            value: head.encode(b"bytes"),
+            owner: None,
+        });
         // Of a file that stood there before.
-        bed.ok(Command::CheckpointPut { name: FileHead::key("ip", 1), value: head.encode(b"bytes") });
+        bed.ok(Command::CheckpointPut {
+            name: FileHead::key("ip", 1),
+            value: head.encode(b"bytes"),
+            owner: None,
+        });
         assert_eq!(
             files(&bed.db, &bed.db.resources["ip"]),
             "/etc/a (5 bytes, written 1970-01-01T00:00:00Z, saved by n2), /etc/b (not saved yet), /etc/c (not saved yet)"

@@ -152,7 +152,11 @@ mod tests {
         // A control character takes six bytes in JSON.
         let value = Some("\u{1}".repeat(PROPERTY_BYTES_MAX));
         for command in [
-            Command::CheckpointPut { name: name.clone(), value: vec![0xff; CHECKPOINT_BYTES_MAX] },
+            Command::CheckpointPut {
+                name: name.clone(),
+                value: vec![0xff; CHECKPOINT_BYTES_MAX],
+                owner: None,
+            },
             Command::Property { key: name, value },
         ] {
             let bytes = command.by(NodeId(255), u64::MAX).encode().len();

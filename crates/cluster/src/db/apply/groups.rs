@@ -69,7 +69,12 @@ impl ClusterDb {
     }
 
     /// The group, if that node has it under that generation and was not given up since.
-    fn need_group_owner(&self, name: &str, generation: u64, node: NodeId) -> Result<&Group, Refused> {
+    pub(super) fn need_group_owner(
+        &self,
+        name: &str,
+        generation: u64,
+        node: NodeId,
+    ) -> Result<&Group, Refused> {
         let group = self.need_generation(name, generation)?;
         if group.owner == Some(node) && self.group_owner_stands(group) {
             return Ok(group);
@@ -506,13 +511,11 @@ impl ClusterDb {
         let (to, cause) = (*to, *cause);
         let (from, shown) = (self.node_name(node), self.node_name(to));
         let there = self.nodes.get(&to).filter(|node| node.is_up()).map(|node| node.incarnation);
-        match there {
-            Some(incarnation) => self.give_group(at, name, to, incarnation),
-            None => {
-                self.set_resources(at, name, ResourceState::Offline, "");
-                self.ungive_group(at, name, &format!("it went to {shown}, which is down"));
-            }
-        }
+        let Some(incarnation) = there else {
+            // The owner has the guests still, and takes them back.
+            return Err(Self::group_state(group, &format!("{shown}, which it was to go to, is down")));
+        };
+        self.give_group(at, name, to, incarnation);
         if let Some(group) = self.groups.get_mut(name) {
             group.displaced = !cause.settles();
         }

@@ -16,8 +16,12 @@ impl ClusterDb {
     pub(super) fn apply_record(&mut self, at: At, command: &Command) -> Option<Answer> {
         Some(if let Command::Property { key, value } = command {
             self.property(key, value.as_deref())
-        } else if let Command::CheckpointPut { name, value } = command {
-            self.checkpoint_put(name, value)
+        } else if let Command::CheckpointPut { name, value, owner } = command {
+            let owns = owner.as_ref().map(|of| self.need_group_owner(&of.group, of.generation, of.node));
+            match owns {
+                Some(Err(refused)) => Err(refused),
+                Some(Ok(_)) | None => self.checkpoint_put(name, value),
+            }
         } else if let Command::CheckpointDelete { name } = command {
             if self.checkpoints.remove(name).is_some() { done() } else { unchanged() }
         } else if let Command::TokenAdd { sha256, expires_unix_ms, uses } = command {

@@ -145,12 +145,33 @@ fn a_migrated_group_keeps_its_resources_online() {
     let group = &bed.db.groups["g"];
     assert!((group.owner, group.displaced) == (Some(n(2)), true));
     bed.ok(bed.group_status_command("g", GroupState::Online, ResourceState::Online));
-    // It arrives where nobody is any more.
+    // Where nobody is any more it cannot arrive: its owner, which has it still, keeps it.
     bed.ok(release(&bed, "g", Some(3), MoveCause::Order));
     bed.down(3);
-    bed.ok(migrated(&bed));
-    assert_eq!(bed.db.groups["g"].owner, None);
-    assert_eq!(bed.db.resources["g-r"].status.state, ResourceState::Offline);
+    bed.refused(migrated(&bed), "is down");
+    assert_eq!(bed.db.groups["g"].owner, Some(n(2)));
+    assert_eq!(bed.db.resources["g-r"].status.state, ResourceState::Online);
+}
+
+#[test]
+fn a_file_that_is_late_does_not_replace_that_of_the_next_owner() {
+    let mut bed = Bed::nodes(2);
+    bed.online_group("g", 1);
+    let put = |bed: &Bed, byte: u8| {
+        let group = &bed.db.groups["g"];
+        let (generation, node) = (group.generation, group.owner.unwrap());
+        let owner = Some(Ownership { group: "g".into(), generation, node });
+        Command::CheckpointPut { name: "resource:g-r:0".into(), value: vec![byte], owner }
+    };
+    let late = put(&bed, 1);
+    bed.ok(late.clone());
+    bed.ok(release(&bed, "g", Some(2), MoveCause::Order));
+    // The last one, when everything is offline.
+    bed.ok(put(&bed, 2));
+    bed.ok(released(&bed, "g"));
+    bed.ok(put(&bed, 3));
+    bed.refused(late, "g");
+    assert_eq!(bed.db.checkpoints["resource:g-r:0"], [3]);
 }
 
 #[test]
@@ -227,7 +248,7 @@ fn types_and_wants() {
     bed.ok(Command::ResourceOffline { name: "t".into() });
     assert_eq!(bed.ok(Command::ResourceOffline { name: "t".into() }), Applied::Unchanged);
     for name in ["resource:t:0", "resource:t:11", "resource:t:1:0"] {
-        bed.ok(Command::CheckpointPut { name: name.into(), value: vec![1] });
+        bed.ok(Command::CheckpointPut { name: name.into(), value: vec![1], owner: None });
     }
     bed.ok(Command::ResourceRemove { name: "t".into() });
     // The last is one of a resource "t:1".

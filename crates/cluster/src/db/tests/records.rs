@@ -4,7 +4,7 @@ use super::*;
 fn a_snapshot_comes_back_and_newer_or_damaged_ones_are_refused() {
     let mut bed = Bed::nodes(2);
     bed.volume("V", 1);
-    bed.ok(Command::CheckpointPut { name: "c".into(), value: vec![0, 255, 7] });
+    bed.ok(Command::CheckpointPut { name: "c".into(), value: vec![0, 255, 7], owner: None });
     bed.ok(Command::Property { key: "site".into(), value: Some("hall 3".into()) });
     let bytes = bed.db.encode_snapshot();
     assert_eq!(ClusterDb::decode_snapshot(&bytes).unwrap(), bed.db);
@@ -60,7 +60,7 @@ fn records_are_bounded() {
     let big = "x".repeat(PROPERTY_BYTES_MAX + 1);
     bed.refused(Command::Property { key: "k".into(), value: Some(big) }, "65536 bytes");
     let value = vec![0; CHECKPOINT_BYTES_MAX + 1];
-    bed.refused(Command::CheckpointPut { name: "c".into(), value }, "512000 bytes");
+    bed.refused(Command::CheckpointPut { name: "c".into(), value, owner: None }, "512000 bytes");
     for i in 0..TOKENS_MAX - 1 {
         bed.ok(Command::TokenAdd { sha256: format!("{i:064x}"), expires_unix_ms: bed.now + 1, uses: 1 });
     }
@@ -132,7 +132,7 @@ fn properties_go_with_their_volume_and_node() {
 fn all_records_together_have_a_bound_and_one_that_shrinks_is_taken() {
     let mut db = Bed::nodes(1).db;
     let put = |db: &mut ClusterDb, name: String, bytes: usize| {
-        db.apply(&Command::CheckpointPut { name, value: vec![7; bytes] }.by(n(1), 1))
+        db.apply(&Command::CheckpointPut { name, value: vec![7; bytes], owner: None }.by(n(1), 1))
     };
     let mut taken = 0;
     while put(&mut db, format!("c{taken}"), CHECKPOINT_BYTES_MAX).is_ok() {
@@ -155,5 +155,5 @@ fn all_records_together_have_a_bound_and_one_that_shrinks_is_taken() {
 fn put_next(taken: &mut usize) -> Envelope {
     *taken += 1;
     let name = format!("small{taken}");
-    Command::CheckpointPut { name, value: vec![7; 30_000] }.by(n(1), 1)
+    Command::CheckpointPut { name, value: vec![7; 30_000], owner: None }.by(n(1), 1)
 }

@@ -197,17 +197,23 @@ impl LocalGroup {
 
     fn lost_host(&mut self, name: &str, why: &str, culprit: bool, out: &mut Vec<Effect>) {
         let now_ms = self.now.now_ms;
-        let maintenance = self.maintenance();
+        let (maintenance, stopped) = (self.maintenance(), matches!(self.mode, Mode::Stop(_)));
         let Some(unit) = self.units.get_mut(name) else { return };
         unit.own_host |= culprit;
         let call = unit.call.take();
-        let was_open = unit.open.is_some() || call.is_some();
+        let had_it = unit.open.is_some();
+        let was_open = had_it || call.is_some();
         unit.not_open();
         let mut failed = culprit && was_open;
         match call.map(|call| call.doing) {
             // Nothing speaks for anything of it being here, but that it ends hosts: as if it could not be opened.
-            Some(Doing::Adopt) if culprit && unit.presence == (Presence::Asked { expected: false }) => {
+            Some(Doing::Adopt)
+                if culprit && !stopped && unit.presence == (Presence::Asked { expected: false }) =>
+            {
                 unit.set_gone();
+            }
+            Some(Doing::Open) if !unit.is_gone() && !had_it => {
+                unit.opening = Some(back_off(unit.opening.take(), why.into(), now_ms));
             }
             Some(Doing::Adopt) => unit.opening = Some(back_off(unit.opening.take(), why.into(), now_ms)),
             Some(Doing::Terminate) => unit.ending = Some(back_off(unit.ending.take(), why.into(), now_ms)),

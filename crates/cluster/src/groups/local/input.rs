@@ -168,10 +168,15 @@ impl LocalGroup {
             (Doing::Open, None) => {
                 // An open one stays in the host where it is.
                 unit.open = unit.open.or(Some(unit.wants_own_host()));
+                unit.opening = None;
             }
             (Doing::Open, Some(failure)) if unit.is_gone() => {
                 unit.stale = unit.open.is_some();
                 self.fail(name, failure, out);
+            }
+            // To be ended it has to be open.
+            (Doing::Open, Some(failure)) if unit.open.is_none() => {
+                unit.opening = Some(back_off(unit.opening.take(), failure.why, now_ms));
             }
             (Doing::Open, Some(failure)) => {
                 let text = format!("resource {name} goes on with its former settings: {}", failure.why);
@@ -195,8 +200,9 @@ impl LocalGroup {
     /// It cannot be opened, so nobody can say whether it is there.
     fn not_adopted(&mut self, name: &str, failure: Failure, out: &mut Vec<Effect>) {
         let now_ms = self.now.now_ms;
+        let stopped = matches!(self.mode, Mode::Stop(_));
         let Some(unit) = self.units.get_mut(name) else { return };
-        if unit.presence == (Presence::Asked { expected: false }) {
+        if unit.presence == (Presence::Asked { expected: false }) && !stopped {
             // Nor was it, under this ownership.
             unit.set_gone();
             self.fail(name, failure, out);

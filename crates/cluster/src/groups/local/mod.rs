@@ -292,6 +292,12 @@ impl LocalGroup {
         self.state.clone()
     }
 
+    /// Does it look after a resource of that name? Also one that is in the group no more, until it is closed.
+    #[must_use]
+    pub fn has(&self, resource: &str) -> bool {
+        self.units.contains_key(resource)
+    }
+
     /// Nothing of the group runs or may run on this node. Not before the first `Config`.
     #[must_use]
     pub fn is_quiet(&self) -> bool {

@@ -110,6 +110,8 @@ impl LocalGroup {
             return Todo::Polls(!unit.polls);
         }
         match unit.presence {
+            // Whatever is there has to go. Nobody asks first: without a lease a host takes nothing over, and ends it all the same.
+            Presence::Asked { .. } if matches!(self.mode, Mode::Stop(_)) => self.todo_dirty(name, unit, kept),
             Presence::Asked { .. } => self.todo_if_due(unit.opening.as_ref(), Doing::Adopt),
             Presence::Dirty => self.todo_dirty(name, unit, kept),
             Presence::Here => self.todo_here(name, unit, kept),
@@ -145,7 +147,8 @@ impl LocalGroup {
         if blocked && !stopped {
             Todo::Wait
         } else if unit.open.is_none() {
-            self.todo_if_due(unit.opening.as_ref(), Doing::Adopt)
+            let doing = if stopped { Doing::Open } else { Doing::Adopt };
+            self.todo_if_due(unit.opening.as_ref(), doing)
         } else {
             Todo::Call(Doing::Terminate)
         }

@@ -10,7 +10,8 @@
 
 use super::{Local, News};
 use crate::engine::Engine;
-use csv_cluster::db::{Command, FileHead, ResourceState};
+use crate::engine::propose::Failed;
+use csv_cluster::db::{Command, FileHead, Ownership, ResourceState};
 use csv_cluster::groups::local::Input;
 use csv_types::NodeId;
 use std::collections::BTreeMap;
@@ -25,6 +26,10 @@ use std::time::Duration;
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// For one file to be in the database.
 const PROPOSE_LIMIT: Duration = Duration::from_secs(5);
+/// For the last words of a resource that has gone offline to be in the database, while the cluster changes its leader for example.
+const SAVE_LIMIT: Duration = Duration::from_secs(30);
+/// Between two tries of that.
+const SAVE_AGAIN: Duration = Duration::from_millis(500);
 /// Bytes of a file, so that it and its head fit into a checkpoint.
 const FILE_BYTES_MAX: u64 = 500_000;
 
@@ -111,7 +116,19 @@ pub(super) fn save_before(
     let (engine, resource) = (engine.clone(), resource.to_owned());
     let Local { group, generation, .. } = local.clone();
     engine.runtime.clone().spawn(async move {
-        engine.save_files(&resource, &files, &mut BTreeMap::new()).await;
+        let owner = Ownership { group: group.clone(), generation, node: engine.me() };
+        let (mut seen, until) = (BTreeMap::new(), tokio::time::Instant::now() + SAVE_LIMIT);
+        while let Err(why) = engine.save_files(&resource, &files, &owner, &mut seen).await {
+            if engine.is_stopping() || tokio::time::Instant::now() >= until {
+                let text = format!(
+                    "the files of resource {resource} could not be saved before it leaves this node, and the next one may get \
+                     older ones: {why}"
+                );
+                engine.event(&resource, "resource-warning", text);
+                break;
+            }
+            tokio::time::sleep(SAVE_AGAIN).await;
+        }
         // With a full queue the resource's own time-out tells.
         let _full = engine.groups.news.try_send(News::Saved { group, generation, input: Box::new(input) });
     });
@@ -124,46 +141,63 @@ impl Engine {
         while !self.is_stopping() {
             let online = self.with_files();
             let known =
-                |key: &String| online.iter().any(|(name, _)| key.starts_with(&format!("resource:{name}:")));
+                |key: &String| online.iter().any(|(name, ..)| key.starts_with(&format!("resource:{name}:")));
             seen.retain(|key, _| known(key));
-            for (resource, files) in online {
-                self.save_files(&resource, &files, &mut seen).await;
+            for (resource, files, owner) in online {
+                // What could not be told is told next time.
+                let _later = self.save_files(&resource, &files, &owner, &mut seen).await;
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
     }
 
     /// Resources that are online here and have files that follow them.
-    fn with_files(&self) -> Vec<(String, Vec<String>)> {
+    fn with_files(&self) -> Vec<(String, Vec<String>, Ownership)> {
         if self.cut_off().is_some() {
             return Vec::new();
         }
         let db = self.db.read();
-        let has = |resource: &&csv_cluster::db::Resource| {
-            let here = db.groups.get(&resource.group).is_some_and(|group| {
+        let here = |resource: &csv_cluster::db::Resource| {
+            let group = db.groups.get(&resource.group).filter(|group| {
                 group.owner == Some(self.me()) && group.incarnation == self.incarnation.get()
-            });
-            here && resource.status.state == ResourceState::Online && !resource.checkpoints.is_empty()
+            })?;
+            if resource.status.state != ResourceState::Online || resource.checkpoints.is_empty() {
+                return None;
+            }
+            let owner =
+                Ownership { group: group.name.clone(), generation: group.generation, node: self.me() };
+            Some((resource.name.clone(), resource.checkpoints.clone(), owner))
         };
-        let with = db.resources.values().filter(has);
-        with.map(|resource| (resource.name.clone(), resource.checkpoints.clone())).collect()
+        db.resources.values().filter_map(here).collect()
     }
 
-    async fn save_files(&self, resource: &str, files: &[String], seen: &mut BTreeMap<String, Seen>) {
+    /// Saves what has changed. The error is one that may pass; what is wrong with a file, or refused, is told and done with.
+    async fn save_files(
+        &self,
+        resource: &str,
+        files: &[String],
+        owner: &Ownership,
+        seen: &mut BTreeMap<String, Seen>,
+    ) -> Result<(), String> {
+        let mut left = Ok(());
         for (index, path) in files.iter().enumerate() {
             let name = FileHead::key(resource, index);
-            let (path, before, me) = (path.clone(), seen.get(&name).copied(), self.me());
+            let (file, before, me) = (path.clone(), seen.get(&name).copied(), self.me());
             let looked =
-                tokio::task::spawn_blocking(move || look(Path::new(&path), before.as_ref(), me)).await;
+                tokio::task::spawn_blocking(move || look(Path::new(&file), before.as_ref(), me)).await;
             match looked {
                 Ok(Ok(None)) | Err(_) => {}
-                Ok(Ok(Some((now, value)))) => {
-                    let same = self.db.read().checkpoints.get(&name) == Some(&value);
-                    let put = Command::CheckpointPut { name: name.clone(), value };
-                    if same || self.propose(put, PROPOSE_LIMIT).await.is_ok() {
+                Ok(Ok(Some((now, value)))) => match self.save_file(&name, value, owner).await {
+                    Ok(()) => drop(seen.insert(name, now)),
+                    Err(Failed::Refused(refused)) => {
                         seen.insert(name, now);
+                        if self.owns_still(owner) {
+                            let text = format!("resource {resource}: {path} cannot follow it: {refused}");
+                            self.event(resource, "resource-warning", text);
+                        }
                     }
-                }
+                    Err(Failed::Unknown(why) | Failed::NoLeader(why)) => left = Err(why),
+                },
                 Ok(Err(why)) => {
                     if seen.insert(name, Seen::default()).is_none() {
                         self.event(resource, "resource-warning", format!("resource {resource}: {why}"));
@@ -171,6 +205,22 @@ impl Engine {
                 }
             }
         }
+        left
+    }
+
+    async fn save_file(&self, name: &str, value: Vec<u8>, owner: &Ownership) -> Result<(), Failed> {
+        if self.db.read().checkpoints.get(name) == Some(&value) {
+            return Ok(());
+        }
+        let put = Command::CheckpointPut { name: name.to_owned(), value, owner: Some(owner.clone()) };
+        self.propose(put, PROPOSE_LIMIT).await.map(drop)
+    }
+
+    fn owns_still(&self, owner: &Ownership) -> bool {
+        let db = self.db.read();
+        db.groups
+            .get(&owner.group)
+            .is_some_and(|group| group.owner == Some(owner.node) && group.generation == owner.generation)
     }
 }
 

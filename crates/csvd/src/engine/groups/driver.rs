@@ -288,6 +288,7 @@ impl Driver {
             self.stop(&name, "this node does not have the group any more");
         }
         self.check_incoming();
+        self.find_incoming();
         if self.finishing {
             let names: Vec<String> = self.driven.keys().cloned().collect();
             names.iter().for_each(|name| self.feed(name, Input::Release));

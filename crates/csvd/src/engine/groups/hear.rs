@@ -84,6 +84,9 @@ impl Driver {
                     online: false,
                     why: format!("its resource host answers what is not understood: {error}"),
                 });
+                if !found.online && self.arrived_before(local, resource, &found.why) {
+                    return;
+                }
                 Input::Found { resource: name, call, online: found.online, why: found.why }
             }
             (_, protocol::Outcome::Done(_)) => Input::Answer { resource: name, call, outcome: Outcome::Done },
@@ -122,6 +125,13 @@ impl Driver {
         }
     }
 
+    /// Groups that look after a resource of that name: its own, and one that it was in before and that has yet to close it.
+    fn groups_of(&self, resource: &str) -> Vec<(String, u64)> {
+        let with = self.driven.iter().filter(|(_, driven)| driven.local.has(resource));
+        with.map(|(name, driven)| (name.clone(), driven.local.generation())).collect()
+    }
+
+    /// The group that has the resource in its list.
     fn group_of(&self, resource: &str) -> Option<(String, u64)> {
         let has = |driven: &Driven| {
             driven.config.as_ref().is_some_and(|config| config.resources.contains_key(resource))
@@ -146,20 +156,21 @@ impl Driver {
         }
         let of_host = self.hosts.resources_of(id);
         let why = "its resource host ended it, since csvd did not tell it in time that it may go on";
-        self.tell_gone(&of_host, why, None, false);
+        self.tell_gone(&of_host, why, None, false, &[]);
     }
 
-    /// Tells all groups that have something among these that nothing is known of it any more.
+    /// Tells all groups that have something among these that nothing is known of it any more, but those that were told.
     fn tell_gone(
         &mut self,
         resources: &BTreeSet<String>,
         why: &str,
         culprit: Option<&str>,
         stopped_too: bool,
+        told: &[(String, u64)],
     ) {
         let mut by_group: BTreeMap<(String, u64), Vec<String>> = BTreeMap::new();
         for resource in resources {
-            if let Some(group) = self.group_of(resource) {
+            for group in self.groups_of(resource).into_iter().filter(|group| !told.contains(group)) {
                 by_group.entry(group).or_default().push(resource.clone());
             }
         }
@@ -191,7 +202,7 @@ impl Driver {
             self.event(lost.culprit.as_deref().unwrap_or(""), EventKind::ResourceHostEnded, text);
         }
         self.forget_calls(&lost, why);
-        self.tell_gone(&lost.resources, why, lost.culprit.as_deref(), true);
+        self.tell_gone(&lost.resources, why, lost.culprit.as_deref(), true, &[]);
     }
 
     /// Those of groups are told in one word with the rest.
@@ -212,21 +223,19 @@ impl Driver {
         let why = format!("{} has not returned for {} s", stuck.entry, stuck.for_ms / 1000);
         let Some(lost) = self.hosts.remove(id) else { return };
         self.forget_calls(&lost, &why);
-        let hanging = self.group_of(&stuck.name);
-        if hanging.is_none() {
+        let hanging: Vec<(String, u64)> = self.groups_of(&stuck.name);
+        if hanging.is_empty() {
             let text = format!("resource {} hangs, and its host is ended: {why}", stuck.name);
             self.event(&stuck.name, EventKind::ResourceHung, text);
         }
-        let (own, others): (BTreeSet<String>, BTreeSet<String>) =
-            neighbours.into_iter().partition(|name| hanging.is_some() && self.group_of(name) == hanging);
-        if let Some((group, generation)) = hanging {
-            let (resource, resources) = (stuck.name.clone(), own.into_iter().collect());
-            self.later(
-                &Local { group, generation, call: 0 },
-                Input::Hung { resource, resources, why: why.clone() },
-            );
+        for (group, generation) in &hanging {
+            let of_group =
+                |name: &&String| self.driven.get(group).is_some_and(|driven| driven.local.has(name.as_str()));
+            let resources = neighbours.iter().filter(of_group).cloned().collect();
+            let input = Input::Hung { resource: stuck.name.clone(), resources, why: why.clone() };
+            self.later(&Local { group: group.clone(), generation: *generation, call: 0 }, input);
         }
         let why = format!("its resource host was ended, since resource {} hung in it", stuck.name);
-        self.tell_gone(&others, &why, Some(&stuck.name), true);
+        self.tell_gone(&neighbours, &why, Some(&stuck.name), true, &hanging);
     }
 }

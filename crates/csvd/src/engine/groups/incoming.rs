@@ -6,7 +6,7 @@
 
 use super::driver::Driver;
 use super::{Asker, Local, Reply};
-use csv_cluster::db::{ClusterDb, GroupState};
+use csv_cluster::db::{ClusterDb, GroupState, MoveKind, Resource, ResourceState};
 use csv_cluster::groups::local::{Input, Outcome};
 use csv_resource::protocol::{self, Entry};
 use csv_types::NodeId;
@@ -30,13 +30,16 @@ pub(super) struct Incoming {
 }
 
 /// How far a virtual machine is that has arrived.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Step {
     Open {
         /// The guest stays paused.
         paused: bool,
     },
-    Arrive,
+    /// With what was found before, if that was not that it waits.
+    Arrive {
+        found: Option<String>,
+    },
     Online,
 }
 
@@ -96,13 +99,49 @@ impl Driver {
         });
     }
 
-    /// A group that is here now opens a resource: is it a machine whose guest waits to go on?
+    /// Moves to this node that an earlier csvd got ready for.
+    pub(super) fn find_incoming(&mut self) {
+        let me = self.engine.me();
+        let db = self.engine.db.read();
+        for (name, group) in &db.groups {
+            let live = matches!(&group.state, GroupState::Releasing { to: Some(to), how: MoveKind::Live, .. } if *to == me);
+            if !live || self.driven.contains_key(name) || self.incoming.contains_key(name) {
+                continue;
+            }
+            let of_group =
+                db.resources.values().filter(|of| of.group == *name && self.hosts.is_open(&of.name));
+            let resources: BTreeSet<String> = of_group.map(|of| of.name.clone()).collect();
+            if !resources.is_empty() {
+                let generation = group.generation;
+                let incoming = Incoming { generation, resources, ..Incoming::default() };
+                self.incoming.insert(name.clone(), incoming);
+            }
+        }
+    }
+
+    /// A machine that was online elsewhere, as the database has it, is not online here: its guest may have arrived, and
+    /// wait since a csvd or a host before this one ended.
+    pub(super) fn arrived_before(&mut self, local: &Local, resource: &str, found: &str) -> bool {
+        let config = self.driven.get(&local.group).and_then(|driven| driven.config.as_ref());
+        let was_online = |of: &Resource| of.kind == MACHINE && of.status.state == ResourceState::Online;
+        if !config.is_some_and(|config| config.resources.get(resource).is_some_and(was_online)) {
+            return false;
+        }
+        let (verb, arguments) = ("arrived".to_owned(), json!({ "wait_ms": ARRIVE_MS }));
+        let asker = Asker::Arrival(local.clone(), Step::Arrive { found: Some(found.to_owned()) });
+        self.hosts.call(resource, Entry::Control { verb, arguments }, asker);
+        true
+    }
+
+    /// A group that is here now opens a resource: is it a machine whose guest waits to go on? Only as long as the database has it
+    /// online, as a move leaves it: when the group has been assigned anew, what its guest's memory knows of the disks is old.
     pub(super) fn arrives(&mut self, group: &str, resource: &str) -> Option<Step> {
         let driven = self.driven.get(group);
         let generation = driven.map(|driven| driven.local.generation());
         let machine = driven
             .and_then(|driven| driven.config.as_ref())
-            .is_some_and(|config| config.resources.get(resource).is_some_and(|of| of.kind == MACHINE));
+            .and_then(|config| config.resources.get(resource))
+            .is_some_and(|of| of.kind == MACHINE && of.status.state == ResourceState::Online);
         let incoming = self.incoming.get_mut(group)?;
         let waits = generation == Some(incoming.generation + 1)
             && incoming.resources.remove(resource)
@@ -121,10 +160,10 @@ impl Driver {
             (Step::Open { paused }, protocol::Outcome::Done(_)) => {
                 let arguments = json!({ "wait_ms": ARRIVE_MS, "paused": paused });
                 let verb = "arrived".to_owned();
-                let asker = Asker::Arrival(local, Step::Arrive);
+                let asker = Asker::Arrival(local, Step::Arrive { found: None });
                 return self.hosts.call(resource, Entry::Control { verb, arguments }, asker);
             }
-            (Step::Arrive, protocol::Outcome::Done(_)) => {
+            (Step::Arrive { .. }, protocol::Outcome::Done(_)) => {
                 return self.hosts.call(resource, Entry::Online, Asker::Arrival(local, Step::Online));
             }
             (Step::Online, protocol::Outcome::Done(_)) => {
@@ -134,7 +173,8 @@ impl Driver {
                 let outcome = Outcome::Failed { why, retry, elsewhere };
                 Input::Answer { resource: name, call, outcome }
             }
-            (Step::Arrive | Step::Online, protocol::Outcome::Failed { why, .. }) => {
+            (Step::Arrive { found: Some(why) }, protocol::Outcome::Failed { .. })
+            | (Step::Arrive { found: None } | Step::Online, protocol::Outcome::Failed { why, .. }) => {
                 Input::Found { resource: name, call, online: false, why }
             }
         };

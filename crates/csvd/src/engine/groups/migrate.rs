@@ -30,12 +30,16 @@ use csv_resource::protocol::Entry;
 use csv_types::NodeId;
 use csvd::check::NodeRequest;
 use csvd::groups::MoveProgress;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 const PROPOSE_LIMIT: Duration = Duration::from_secs(5);
+/// Between two words for guests that were sent; several times in the minute after which they would count as lost.
+const HOLD_EVERY: Duration = Duration::from_secs(10);
 /// For verbs that only look or switch.
 const QUICK: Duration = Duration::from_secs(30);
 /// For the other node to have everything ready.
@@ -117,15 +121,34 @@ pub(super) async fn run(engine: Arc<Engine>, order: Order) {
 
 impl Engine {
     async fn migrate(self: &Arc<Self>, order: &Order) -> Result<(), ()> {
-        let moved = self.send_all(order).await;
-        match moved {
-            Ok(()) => self.hand_over(order).await,
-            Err(why) => self.stay(order, &why).await,
+        let sent = Mutex::new(Vec::new());
+        let moved = async {
+            let moved = self.send_all(order, &sent).await;
+            match moved {
+                Ok(()) => self.hand_over(order).await,
+                Err(why) => self.stay(order, &why).await,
+            }
+        };
+        tokio::select! {
+            moved = moved => moved,
+            never = self.hold(&sent) => match never {},
+        }
+    }
+
+    /// Guests that were sent stand still for as long as others of the group are under way, and nobody takes them for lost.
+    async fn hold(&self, sent: &Mutex<Vec<String>>) -> Infallible {
+        loop {
+            tokio::time::sleep(HOLD_EVERY).await;
+            let machines = sent.lock().clone();
+            for machine in machines {
+                // Refused by one that has been taken back meanwhile.
+                let _held = self.groups.control(&machine, "hold", json!({}), HOLD_EVERY).await;
+            }
         }
     }
 
     /// After this every guest stands still here, and is whole at the other end.
-    async fn send_all(self: &Arc<Self>, order: &Order) -> Result<(), String> {
+    async fn send_all(self: &Arc<Self>, order: &Order, sent: &Mutex<Vec<String>>) -> Result<(), String> {
         for machine in &order.machines {
             let progress = MoveProgress {
                 resource: machine.clone(),
@@ -136,6 +159,7 @@ impl Engine {
             self.send_one(order, machine)
                 .await
                 .map_err(|why| format!("{machine} could not be moved: {why}"))?;
+            sent.lock().push(machine.clone());
         }
         Ok(())
     }
@@ -148,7 +172,7 @@ impl Engine {
             if self.ask_about_groups(order.to, arrived, QUICK).await == Ok(Value::Bool(true)) {
                 return Ok(());
             }
-            self.groups.control(machine, "resume", json!({}), QUICK).await?;
+            self.groups.control(machine, "take-back", json!({}), QUICK).await?;
         }
         let prepare = GroupRequest::Prepare {
             name: order.group.clone(),
@@ -193,13 +217,39 @@ impl Engine {
         })
     }
 
+    /// Is every guest still as it was sent: standing still here, and whole there?
+    async fn all_sent(self: &Arc<Self>, order: &Order) -> Result<(), String> {
+        for machine in &order.machines {
+            let status = self.groups.control(machine, "status", json!({}), QUICK).await?;
+            if status["phase"] != "migrated" {
+                return Err(format!("{machine} was started here again while others of its group moved"));
+            }
+            let arrived = GroupRequest::HasArrived { machine: machine.clone() };
+            if self.ask_about_groups(order.to, arrived, QUICK).await? != Value::Bool(true) {
+                let shown = self.node_name(order.to);
+                return Err(format!("{machine} is not on {shown} any more"));
+            }
+        }
+        Ok(())
+    }
+
     /// The database is told that the group has moved, until it is known whether it has.
     async fn hand_over(self: &Arc<Self>, order: &Order) -> Result<(), ()> {
+        if let Err(why) = self.all_sent(order).await {
+            return self.stay(order, &why).await;
+        }
         let (name, generation, node) = (order.group.clone(), order.generation, self.me());
         let command = Command::GroupMigrated { name, generation, node };
         loop {
             match self.propose(command.clone(), PROPOSE_LIMIT).await {
                 Ok(_) => return Ok(()),
+                // The leader may have refused since it had been done, which this node may have yet to hear.
+                Err(Failed::Refused(_)) if !self.catch_up().await => {
+                    if self.is_stopping() {
+                        return Err(());
+                    }
+                    tokio::time::sleep(TELL_AGAIN).await;
+                }
                 Err(Failed::Refused(refused)) if !self.owns(order) => {
                     // It had been done, or somebody else has the group: there is nothing to take back here.
                     tracing::debug!(group = order.group, %refused, "the move was told already, or is void");
@@ -223,7 +273,7 @@ impl Engine {
         for machine in &order.machines {
             let status = self.groups.control(machine, "status", json!({}), QUICK).await;
             if status.is_ok_and(|status| status["phase"] == "migrated") {
-                let back = self.groups.control(machine, "resume", json!({}), QUICK).await;
+                let back = self.groups.control(machine, "take-back", json!({}), QUICK).await;
                 if let Err(why) = back {
                     self.event(machine, "resource-warning", format!("{machine} does not go on here: {why}"));
                 }

@@ -11,13 +11,10 @@ use std::time::Duration;
 const QMP_LIMIT: Duration = Duration::from_secs(60);
 
 /// Verbs, with what they do.
-pub(crate) const VERBS: [(&str, &str); 18] = [
+pub(crate) const VERBS: [(&str, &str); 20] = [
     ("status", "what the machine does, and what its hardware is: {}"),
     ("pause", "stops the guest's processors; the resource stays online: {}"),
-    (
-        "resume",
-        "lets a paused guest go on, or takes one back that was sent away and does not go on there: {}",
-    ),
+    ("resume", "lets a paused guest go on: {}"),
     ("reset", "the reset button: {}"),
     ("powerdown", "the power button, pressed once: {}"),
     ("start", "starts a guest again that shut itself down (on_guest_shutdown=stay): {}"),
@@ -33,6 +30,8 @@ pub(crate) const VERBS: [(&str, &str); 18] = [
         "source: sends the guest: {uri, tls, tls_hostname, bandwidth_mib, downtime_ms, channels, timeout_s}",
     ),
     ("arrived", "target: waits until the guest is there, and lets it go on: {wait_ms, paused}"),
+    ("hold", "source: the guest that was sent away is not lost, its move goes on: {}"),
+    ("take-back", "source: lets a guest go on here that was sent away and goes on nowhere: {}"),
     ("migrated", "source: ends what is left of a guest that goes on elsewhere: {}"),
     ("cancel-incoming", "target: no longer waits: {}"),
     ("paths", "sockets and files of the running machine: {}"),
@@ -44,13 +43,7 @@ impl Machine {
             "status" => self.tell_status(),
             "paths" => Ok(self.tell_paths()),
             "pause" => self.button("stop", "paused by an administrator"),
-            "resume" => {
-                if self.running()?.phase == Phase::Migrated {
-                    self.take_back()?;
-                    return Ok(json!({}));
-                }
-                self.button("cont", "resumed by an administrator")
-            }
+            "resume" => self.button("cont", "resumed by an administrator"),
             "reset" => self.button("system_reset", "reset by an administrator"),
             "powerdown" => self.button("system_powerdown", "power button pressed by an administrator"),
             "start" => {
@@ -81,6 +74,8 @@ impl Machine {
             "incoming" => self.incoming(arguments),
             "migrate" => self.migrate(arguments),
             "arrived" => self.arrived(arguments),
+            "hold" => self.hold(),
+            "take-back" => self.take_back().map(|()| json!({})),
             "migrated" => self.migrated(),
             "cancel-incoming" => self.cancel_incoming(),
             other => {

@@ -285,7 +285,7 @@ impl Machine {
     }
 
     /// Judges a guest by QEMU's word for its state.
-    fn judge(&mut self, status: &str) -> Result<(), Failure> {
+    pub(crate) fn judge(&mut self, status: &str) -> Result<(), Failure> {
         if status == "postmigrate" && self.running()?.phase == Phase::Running {
             // A host died while it sent the guest; QEMU has sent it to its end.
             self.enter(Phase::Migrated);
@@ -354,6 +354,14 @@ fn read_first_block(path: &std::path::Path) -> std::io::Result<()> {
 
 impl Resource for Machine {
     fn adopt(&mut self) -> Result<(), Failure> {
+        if let Some(running) = &self.running {
+            // csvd is another one, the host is the same: it has the monitor, which takes one connection only.
+            if running.process.has_ended() {
+                return Err(Failure::new(running.watch.end().unwrap_or_else(|| "QEMU has ended".to_owned())));
+            }
+            let status = running.status()?;
+            return self.judge(&status);
+        }
         let gone = || Failure::new("there is no virtual machine of an earlier host");
         let saved = self.context.saved().ok_or_else(gone)?;
         let saved: Saved = serde_json::from_value(saved).map_err(|error| {

@@ -195,7 +195,11 @@ impl Machine {
         let wanted: Arrived = read("arrived", arguments)?;
         let running = self.running()?;
         match running.phase {
-            Phase::Running => return Ok(json!({ "status": running.status()? })),
+            Phase::Running => {
+                let status = running.status()?;
+                self.judge(&status)?;
+                return Ok(json!({ "status": status }));
+            }
             Phase::Incoming => {}
             Phase::Starting | Phase::Migrated | Phase::Off => {
                 return Err(Failure::new("this node does not wait for the guest"));
@@ -239,8 +243,23 @@ impl Machine {
 
     /// Source: takes back a guest that was sent away and does not go on at the other end.
     pub(crate) fn take_back(&mut self) -> Result<(), Failure> {
+        if self.running()?.phase != Phase::Migrated {
+            return Err(Failure::new("the guest has not been sent away from this node"));
+        }
         self.context.event(EventLevel::Info, "the guest that was sent away is taken back");
-        self.go()
+        // One that cannot go on here goes on nowhere: it is not to stand still until somebody looks.
+        self.go().inspect_err(|failure| {
+            self.context.report(Err(format!("the guest that was sent away cannot be taken back: {failure}")));
+        })
+    }
+
+    /// Source: the guest that was sent away is not lost yet.
+    pub(crate) fn hold(&mut self) -> Result<Value, Failure> {
+        match &mut self.running {
+            Some(running) if running.phase == Phase::Migrated => running.enter(Phase::Migrated),
+            Some(_) | None => return Err(Failure::new("the guest has not been sent away from this node")),
+        }
+        Ok(json!({}))
     }
 
     /// Gives QEMU this node's certificate, under the names that it wants. A new one is read at every migration.

@@ -47,15 +47,15 @@
 //!
 //! | who dies | during 2, 3 | between 3 and 4 | after 4 |
 //! | --- | --- | --- | --- |
-//! | target's QEMU or node | `migrate` fails; the guest runs on at the source, which stays owner | `arrived` fails; the owner is not changed or changed back; `resume` (or `online`) at the source takes the guest back | an ordinary failure of the new owner |
+//! | target's QEMU or node | `migrate` fails; the guest runs on at the source, which stays owner | `arrived` fails; the owner is not changed or changed back; `take-back` (or `online`) at the source | an ordinary failure of the new owner |
 //! | source's QEMU or node | `arrived` fails, or `online` ends what waits and starts from the disks | nothing is lost: the target has everything; `arrived` | nothing |
 //! | a resource host | `adopt` of its next finds the source's QEMU; a migration under way goes on in QEMU: `status` tells `postmigrate` if it is over, and `qmp migrate_cancel` ends it; the target's `adopt` fails with "has not arrived", and `arrived`, `online` or `cancel-incoming` work | same | `adopt` |
-//! | the leader, csvd | the next one asks both ends for `status`. `running` at the source: `cancel-incoming` at the target, try again. Phase `migrated` at the source and `paused` (not `inmigrate`) at the target: go on with 4. No target: `resume` at the source | same | `migrated` at the source |
+//! | the leader, csvd | the next one asks both ends for `status`. `running` at the source: `cancel-incoming` at the target, try again. Phase `migrated` at the source and `paused` (not `inmigrate`) at the target: go on with 4. No target: `take-back` at the source | same | `migrated` at the source |
 //!
 //! `online` at either end does the right thing by itself: at a target that has everything it lets the guest go on, at a
 //! target that has not it ends what waits and starts from the disks, at a source whose guest was sent away it takes it
 //! back. Where that would be wrong, since the other end runs the guest, the images' locks refuse it. A guest that was sent away and
-//! goes on nowhere counts as failed at the source after a minute.
+//! goes on nowhere counts as failed at the source a minute after it was sent, or after the last `hold`.
 //!
 //! Both ends use TLS with the nodes' own certificates; each end's must be of the cluster's authority, the target's must
 //! have the name `tls_hostname`. `hardware` carries chipset version, accelerator and processor model, so that the target makes the

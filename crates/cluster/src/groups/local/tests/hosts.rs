@@ -47,6 +47,46 @@ fn a_host_that_ends_while_it_takes_something_offline_has_it_terminated() {
     assert!(world.group.release_done());
 }
 
+/// Without a lease no host takes anything over: who waits for that never ends it.
+#[test]
+fn a_stop_ends_what_a_dead_host_left_without_taking_it_over_first() {
+    let mut world = World::online(&[("a", "")]);
+    world.feed(Input::Stop("this node is cut off".into()));
+    world.host_ends("shared", None, false);
+    world.obey();
+    assert_eq!(world.did(), "terminate a");
+    world.pass(1_000);
+    assert_eq!((world.did(), world.group.is_quiet()), ("open a, terminate a, close a".into(), true));
+
+    // Its host had ended before, and the next one refuses.
+    let mut world = World::online(&[("a", "")]);
+    world.held.insert("a".into());
+    world.host_ends("shared", None, false);
+    world.feed(Input::Stop("this node is cut off".into()));
+    world.fails("a");
+    assert_eq!((world.did(), world.group.is_quiet()), ("adopt a".into(), false));
+    // Nor does one that cannot open it make it gone.
+    world.pass(1_000);
+    world.fails("a");
+    world.held.clear();
+    world.pass(1_000);
+    assert_eq!((world.did(), world.group.is_quiet()), ("open a".into(), false));
+    world.pass(1_000);
+    assert_eq!((world.did(), world.group.is_quiet()), ("open a, terminate a, close a".into(), true));
+
+    // Nobody has told whether it was there.
+    let mut world = World::new(&[("a", "")]);
+    world.thing("a").alive = Alive::Yes;
+    world.held.insert("a".into());
+    world.configure();
+    world.feed(Input::Stop("this node is cut off".into()));
+    world.fails("a");
+    assert!(!world.group.is_quiet());
+    world.held.clear();
+    world.pass(1_000);
+    assert_eq!((world.did(), world.group.is_quiet()), ("adopt a, open a, terminate a, close a".into(), true));
+}
+
 #[test]
 fn who_ended_its_host_has_failed_and_gets_one_of_its_own() {
     let mut world = World::online(&[("a", ""), ("b", "")]);
