@@ -8,6 +8,7 @@ use anyhow::{Context as _, ensure};
 use csv_cluster::db::{GroupState, MoveKind, NewResource, ResourceState};
 use csv_tests::groups::{self, Groups};
 use csv_tests::lab::{Lab, MOUNT};
+use csv_tests::membership::{kill_csvd, start_csvd};
 use csv_tests::vmguest::{Guest, MEMORY_MIB, Machine, standstill};
 use csv_tests::wait;
 use std::time::{Duration, Instant};
@@ -258,11 +259,36 @@ fn failed_moves(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
             lab.wait_mode(node, "direct")?;
         }
     }
+    target_csvd_killed(lab, machine)?;
     // And nothing keeps it from moving afterwards.
     groups.set(name, "migration_bandwidth_mib", None)?;
     groups.move_to(name, "n2", MoveKind::Live)?;
     machine.console.wait_more(2, DEADLINE)?;
     machine.console.check(1)
+}
+
+/// csvd of the target is another one when the guest has been sent: it goes on, on one side or the other.
+fn target_csvd_killed(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
+    let groups = Groups::of(lab, "n1");
+    let name = machine.name();
+    groups.set(name, "migration_bandwidth_mib", Some("16"))?;
+    groups.start_move(name, "n2", MoveKind::Live)?;
+    let waits = format!("pgrep -x vm-{name}");
+    wait::until("QEMU on n2", DEADLINE, || {
+        Ok(lab.exec("n2", &["sh", "-c", &waits], DEADLINE)?.status.success().then_some(()))
+    })?;
+    kill_csvd(lab, "n2")?;
+    start_csvd(lab, "n2")?;
+    groups.wait(name, "to have moved, or not", DEADLINE, |group| group.state == GroupState::Online)?;
+    let owner = groups.owner(name)?;
+    println!("csvd of the target killed in the move: {name} goes on, on {owner}");
+    machine.console.wait_more(4, DEADLINE)?;
+    machine.console.check(1)?;
+    lab.wait_mode("n2", "direct")?;
+    if owner != "n1" {
+        groups.move_to(name, "n1", MoveKind::Live)?;
+    }
+    Ok(())
 }
 
 /// No memory for it anywhere; an image that is not there; an image that another machine has.
