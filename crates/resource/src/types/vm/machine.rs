@@ -7,7 +7,7 @@ use super::monitor::Monitor;
 use super::nic::{self, Link};
 use super::preflight;
 use super::process::{Process, leftovers, log_tail};
-use super::running::{Phase, Running, tidy};
+use super::running::{Halted, Phase, Running, tidy};
 use super::watch::Watch;
 use crate::api::{Context, EventLevel, Failure, Resource, Spec};
 use crate::types::run::Bounded;
@@ -52,7 +52,7 @@ pub(crate) struct Machine {
     /// How the next offline ends the guest, if it was told.
     pub(crate) next_offline: Option<OfflineAction>,
     /// The guest shut itself down and stays off.
-    off: bool,
+    pub(crate) off: bool,
     heartbeat: Heartbeat,
     hanging: Bounded,
 }
@@ -166,8 +166,8 @@ impl Machine {
     }
 
     /// Lets the guest of a started QEMU run; from here on the machine is online.
-    pub(crate) fn go(&mut self) -> Result<(), Failure> {
-        self.running()?.resume()?;
+    pub(crate) fn go(&mut self) -> Result<(), Halted> {
+        self.running().map_err(|failure| Halted { failure, surely: true })?.resume()?;
         self.heartbeat.begin_anew();
         self.next_offline = None;
         self.enter(Phase::Running);
@@ -226,8 +226,7 @@ impl Machine {
             }
             (Phase::Incoming, _) => not_arrived(),
             (Phase::Migrated, Ok("postmigrate" | "paused")) => {
-                self.context.event(EventLevel::Info, "the guest that was sent away is taken back");
-                self.go()?;
+                self.take_back()?;
                 return Ok(true);
             }
             (Phase::Starting | Phase::Migrated | Phase::Off | Phase::Running, _) => {}
@@ -241,8 +240,9 @@ impl Machine {
         let limit = self.config.shutdown_timeout;
         let running = self.running()?;
         running.watch.quiet(true);
-        if matches!(running.status()?.as_str(), "paused" | "io-error" | "suspended") {
+        if matches!(running.status()?.as_str(), "paused" | "io-error" | "suspended" | "postmigrate") {
             // A guest that does not run hears no button. Storage that is still lost stops it again.
+            self.unsave()?;
             running.resume()?;
         }
         if self.config.guest_agent && self.heartbeat.has_answered() {
@@ -407,7 +407,7 @@ impl Resource for Machine {
         if gone.is_err() {
             self.end()?;
         }
-        gone
+        Ok(gone?)
     }
 
     fn offline(&mut self) -> Result<(), Failure> {

@@ -239,8 +239,10 @@ impl Machine {
 
     /// Source: takes back a guest that was sent away and does not go on at the other end.
     pub(crate) fn take_back(&mut self) -> Result<(), Failure> {
+        // A guest that was saved to its end counts as sent away, too, when the host died then.
+        self.unsave()?;
         self.context.event(EventLevel::Info, "the guest that was sent away is taken back");
-        self.go()
+        Ok(self.go()?)
     }
 
     /// Gives QEMU this node's certificate, under the names that it wants. A new one is read at every migration.
