@@ -182,25 +182,35 @@ impl Ran {
 }
 
 /// Runs a program in a process group of its own as a step of an entry point. Killed with its group when
-/// nobody waits any more, or the time is over. `started` hears who it is. Unlike
+/// nobody waits any more, or the time is over. `started` hears who it is, and may have it
+/// killed. Unlike
 /// [`crate::types`]' other programs these may leave processes behind that go on (a script starts a server), which may
 /// keep the outputs open: nobody waits for those.
 ///
 /// # Errors
-/// It cannot be started, was given up (`Cancelled`), or took too long.
+/// It cannot be started, was given up (`Cancelled`), or took too long; or `started`'s own.
 pub(crate) fn run(
     mut command: Command,
     context: Option<&dyn Services>,
     limit: Option<Duration>,
-    started: impl FnOnce(Identity),
+    started: impl FnOnce(Identity) -> Result<(), Failure>,
 ) -> Result<Ran, Failure> {
     let program = command.get_program().to_string_lossy().into_owned();
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|e| cannot_start(&program, &e))?;
     let pid = Pid::from_child(&child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(Failure::new)?;
-    if let Some(identity) = Identity::of(pid.as_raw_nonzero().get()) {
-        started(identity);
+    // Not waited for yet, so the number is still its own.
+    let kill = || {
+        let _ = kill_process_group(pid, Signal::KILL);
+        wait_for_end(&pidfd, Some(KILL_LIMIT), || false);
+    };
+    if let Some(identity) = Identity::of(pid.as_raw_nonzero().get())
+        && let Err(failure) = started(identity)
+    {
+        kill();
+        reap(child);
+        return Err(failure);
     }
     let out = Output::collect(child.stdout.take());
     let err = Output::collect(child.stderr.take());
@@ -212,9 +222,7 @@ pub(crate) fn run(
             }
             Some(_) | None => Failure::Cancelled,
         };
-        // Not waited for yet, so the number is still its own.
-        let _ = kill_process_group(pid, Signal::KILL);
-        wait_for_end(&pidfd, Some(KILL_LIMIT), || false);
+        kill();
         reap(child);
         return Err(failure);
     }

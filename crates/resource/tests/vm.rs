@@ -93,7 +93,7 @@ fn what_a_dead_host_left_is_ended_before_a_start() {
     let old = pid(&mut *vm);
     drop(vm);
     // It died before it could save what it had started.
-    csv_resource::api::Services::save(&*node, None);
+    csv_resource::api::Services::save(&*node, None).unwrap();
     let mut vm = open(&node, name, &properties);
     assert!(vm.adopt().is_err());
     vm.online().unwrap();

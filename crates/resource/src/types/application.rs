@@ -1,7 +1,7 @@
 //! `GenericApplication`: any program that runs in the foreground. Online is: it runs. It gets a session of its own and a
 //! mark in its environment, so that what it starts is found, and ended, with it; its end is known at once by a pidfd.
 
-use super::{launch, property, property_ms};
+use super::{keep, launch, property, property_ms};
 use crate::api::{
     Context, EventLevel, Failure, Form, NodeInfo, Property, Resource, ResourceType, Spec, TypeInfo,
 };
@@ -112,6 +112,8 @@ struct Watch {
 impl Application {
     fn start(&mut self) -> Result<(), Failure> {
         let mut run = self.command()?;
+        // Before there is a process: from here on a next host looks for one, by its mark.
+        keep(&self.context, &serde_json::json!({}))?;
         let log = open_log(self.context.node(), &self.spec.name).map_err(Failure::new)?;
         let errors = log.try_clone().map_err(Failure::new)?;
         run.stdin(Stdio::null()).stdout(log).stderr(errors);
@@ -122,7 +124,12 @@ impl Application {
             let how = child.wait().map_or_else(|e| e.to_string(), processes::ended_how);
             return Err(Failure::new(format!("its process {how} at once; see its log")));
         };
-        self.context.save(serde_json::to_value(identity).ok());
+        if let Err(failure) = keep(&self.context, &identity) {
+            let ended = processes::kill_all(Some(identity), &self.mark);
+            // Its end, so that it is no zombie.
+            let _ = child.try_wait();
+            return Err(ended.err().unwrap_or(failure));
+        }
         self.watch(identity, pidfd, Some(child))
     }
 
@@ -190,7 +197,7 @@ impl Application {
         let identity = self.running.as_ref().map(|running| running.identity).or(saved);
         processes::kill_all(identity, &self.mark)?;
         self.running = None;
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 }

@@ -7,7 +7,7 @@
 
 mod metadata;
 
-use super::script::end_leftover;
+use super::script::{end_leftover, note};
 use super::{property, property_ms};
 use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Ran};
@@ -67,7 +67,8 @@ impl OcfAgent {
         let agent = Agent { kind: format!("ocf:{agent}"), root, path, provider, name };
         let mut command = agent.command("meta-data", &agent.kind);
         command.current_dir("/");
-        let ran = processes::run(command, None, Some(METADATA_LIMIT), |_| {}).map_err(|e| e.to_string())?;
+        let ran =
+            processes::run(command, None, Some(METADATA_LIMIT), |_| Ok(())).map_err(|e| e.to_string())?;
         let metadata = Metadata::parse(&ran.stdout)
             .map_err(|e| format!("{} does not say what it is: {e} {}", agent.kind, ran.last_words()))?;
         Ok(OcfAgent { agent, metadata })
@@ -165,15 +166,17 @@ impl OcfResource {
 
     fn action(&self, action: &str, limit: Option<Duration>) -> Result<(), Failure> {
         end_leftover(&self.context);
-        let started = |process| self.context.save(serde_json::to_value(process).ok());
+        let starts = action == "start";
+        note(&self.context, starts, &serde_json::json!({}))?;
+        let started = |process| note(&self.context, starts, &process);
         let ran = processes::run(self.command(action, None), Some(&*self.context), limit, started);
-        self.context.save(None);
+        self.context.forget();
         self.ended(action, &ran?)
     }
 
     fn monitor(&self, level: Option<&str>) -> Result<(), Failure> {
         let limit = Some(self.monitor_timeout);
-        let ran = processes::run(self.command("monitor", level), Some(&*self.context), limit, |_| {})?;
+        let ran = processes::run(self.command("monitor", level), Some(&*self.context), limit, |_| Ok(()))?;
         self.ended("monitor", &ran)
     }
 
@@ -202,7 +205,7 @@ impl OcfResource {
     /// Nothing of it runs: what the agent's monitor says, not what its stop promises.
     fn gone(&self) -> Result<(), Failure> {
         let limit = Some(self.monitor_timeout);
-        let ran = processes::run(self.command("monitor", None), Some(&*self.context), limit, |_| {})?;
+        let ran = processes::run(self.command("monitor", None), Some(&*self.context), limit, |_| Ok(()))?;
         match ran.status.code() {
             // Not installed means not running as well.
             Some(5 | 7) => Ok(()),
@@ -247,7 +250,7 @@ impl Resource for OcfResource {
             return Err(Failure::Unsupported(format!("an OCF agent cannot \"{verb}\"")));
         }
         let command = self.command("validate-all", None);
-        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| {})?;
+        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
         self.ended("validate-all", &ran).map(|()| serde_json::Value::Null)
     }
 }

@@ -1,8 +1,8 @@
 //! `GenericScript`: a program that is called for every entry point, with its name as only argument; exit status 0 is yes. A
 //! call that nobody waits for any more is killed with its process group.
 
-use super::property;
-use crate::api::{Context, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
+use super::{keep, property};
+use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Identity};
 use rustix::process::Signal;
 use std::process::Command;
@@ -80,7 +80,7 @@ impl Script {
         &self,
         entry: &str,
         limit: Option<Duration>,
-        started: impl FnOnce(Identity),
+        started: impl FnOnce(Identity) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
         let ran = processes::run(self.command(entry), Some(&*self.context), limit, started)?;
         if ran.status.success() {
@@ -94,10 +94,22 @@ impl Script {
     /// the script hangs.
     fn change(&self, entry: &str) -> Result<(), Failure> {
         end_leftover(&self.context);
-        let started = |process| self.context.save(serde_json::to_value(process).ok());
-        let ended = self.call(entry, None, started);
-        self.context.save(None);
+        let starts = entry == "online";
+        note(&self.context, starts, &serde_json::json!({}))?;
+        let ended = self.call(entry, None, |process| note(&self.context, starts, &process));
+        self.context.forget();
         ended
+    }
+}
+
+/// Keeps that a call runs. What ends a resource is called even when that fails.
+pub(super) fn note(context: &Context, starts: bool, state: &impl serde::Serialize) -> Result<(), Failure> {
+    match keep(context, state) {
+        Err(failure) if !starts => {
+            context.event(EventLevel::Error, &failure.to_string());
+            Ok(())
+        }
+        kept => kept,
     }
 }
 
@@ -131,17 +143,17 @@ impl Resource for Script {
     }
 
     fn looks_alive(&mut self) -> Result<(), Failure> {
-        self.call("looks_alive", None, |_| {})
+        self.call("looks_alive", None, |_| Ok(()))
     }
 
     fn is_alive(&mut self) -> Result<(), Failure> {
-        self.call("is_alive", None, |_| {})
+        self.call("is_alive", None, |_| Ok(()))
     }
 }
 
 impl Drop for Script {
     fn drop(&mut self) {
         // Nobody hears how it went.
-        let _ = self.call("close", Some(CLOSE_LIMIT), |_| {});
+        let _ = self.call("close", Some(CLOSE_LIMIT), |_| Ok(()));
     }
 }

@@ -15,6 +15,7 @@ mod reserve;
 #[cfg(test)]
 mod tests;
 
+use super::keep;
 use super::run::Bounded;
 use super::settings::{flag, optional, required, text, words};
 use crate::api::{Context, EventLevel, Failure, Form, Resource, ResourceType, Spec, TypeInfo};
@@ -250,7 +251,7 @@ impl Resource for Disk {
         let key = self.reserved.then(|| key::own(self.context.node(), self.generation));
         let mount = device::make_point(&self.mount)?;
         let saved = Saved { device, number, mount, key };
-        self.context.save(serde_json::to_value(&saved).ok());
+        keep(&self.context, &saved)?;
         self.bring_up(&saved)
     }
 
@@ -269,7 +270,7 @@ impl Resource for Disk {
         }
         self.keeper = None;
         self.give_back(&saved)?;
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 
@@ -291,7 +292,7 @@ impl Resource for Disk {
             let text = format!("{} was not let go in order: {error}", saved.device.display());
             self.context.event(EventLevel::Warning, &text);
         }
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 

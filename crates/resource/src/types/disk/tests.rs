@@ -376,7 +376,13 @@ fn a_disk_that_is_mounted_in_another_namespace_counts_as_used() {
     let mut resource = disk(&bed, 1, &[]);
     resource.online().unwrap();
     let path = point(&bed).join("file");
-    let script = format!("echo in >{}; exec sleep 1000", path.display());
+    // The disks of other tests are not to be held by it.
+    let script = format!(
+        "while read -r device at rest; do case $device in /dev/loop*) [ $at = {} ] || umount -l $at;; esac; done \
+         </proc/self/mounts; echo in >{}; exec sleep 1000",
+        point(&bed).display(),
+        path.display()
+    );
     let args = ["--mount", "--propagation", "private", "sh", "-c", &script];
     let apart = Process(Command::new("unshare").args(args).spawn().unwrap());
     while !path.exists() {
@@ -404,4 +410,18 @@ fn a_disk_with_a_mount_over_it_is_not_given_up() {
     resource.terminate().unwrap();
     assert!(file.write_all(b"late").and_then(|()| file.sync_all()).is_err());
     drop(over);
+}
+
+#[test]
+fn a_disk_is_not_taken_when_that_cannot_be_kept() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    bed.set_full(true);
+    let mut resource = disk(&bed, 1, &[]);
+    let error = resource.online().unwrap_err();
+    assert!(error.to_string().contains("could not be kept"), "{error}");
+    let device = PathBuf::from(&lun.devices[0]);
+    let claim = Claim { device, key: key::own(bed.node(), 1), generation: 1, break_foreign: false };
+    assert!(!claim.is_held().unwrap());
+    assert_eq!(csv_lun::is_mounted(&claim.device).unwrap(), None);
 }
