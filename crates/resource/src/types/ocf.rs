@@ -147,13 +147,14 @@ struct OcfResource {
 }
 
 impl OcfResource {
-    fn command(&self, action: &str, level: Option<&str>) -> Command {
+    /// `limit` is the time that the action has: some agents give up, or kill what they manage, shortly before it is over.
+    fn command(&self, action: &str, level: Option<&str>, limit: Duration) -> Command {
         let mut command = self.agent.command(action, &self.spec.name);
         // Agents use it in names of files.
         command.env("OCF_RESOURCE_INSTANCE", crate::host::file_name(&self.spec.name));
         // Some name the node that they run on.
         command.env("OCF_RESKEY_CRM_meta_on_node", &self.context.node().node);
-        command.env("OCF_RESKEY_CRM_meta_timeout", self.monitor_timeout.as_millis().to_string());
+        command.env("OCF_RESKEY_CRM_meta_timeout", limit.as_millis().to_string());
         if let Some(level) = level {
             command.env("OCF_CHECK_LEVEL", level);
         }
@@ -169,14 +170,17 @@ impl OcfResource {
         let starts = action == "start";
         note(&self.context, starts, &serde_json::json!({}))?;
         let started = |process| note(&self.context, starts, &process);
-        let ran = processes::run(self.command(action, None), Some(&*self.context), limit, started);
+        // What is not killed here is given up by the cluster after that time.
+        let has = limit.unwrap_or_else(|| Duration::from_millis(self.spec.pending_timeout_ms));
+        let command = self.command(action, None, has);
+        let ran = processes::run(command, Some(&*self.context), limit, started);
         self.context.forget();
         self.ended(action, &ran?)
     }
 
     fn monitor(&self, level: Option<&str>) -> Result<(), Failure> {
-        let limit = Some(self.monitor_timeout);
-        let ran = processes::run(self.command("monitor", level), Some(&*self.context), limit, |_| Ok(()))?;
+        let command = self.command("monitor", level, self.monitor_timeout);
+        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
         self.ended("monitor", &ran)
     }
 
@@ -204,8 +208,8 @@ impl OcfResource {
 
     /// Nothing of it runs: what the agent's monitor says, not what its stop promises.
     fn gone(&self) -> Result<(), Failure> {
-        let limit = Some(self.monitor_timeout);
-        let ran = processes::run(self.command("monitor", None), Some(&*self.context), limit, |_| Ok(()))?;
+        let command = self.command("monitor", None, self.monitor_timeout);
+        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
         match ran.status.code() {
             // Not installed means not running as well.
             Some(5 | 7) => Ok(()),
@@ -249,8 +253,45 @@ impl Resource for OcfResource {
         if verb != "validate-all" {
             return Err(Failure::Unsupported(format!("an OCF agent cannot \"{verb}\"")));
         }
-        let command = self.command("validate-all", None);
+        let command = self.command("validate-all", None, self.monitor_timeout);
         let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
         self.ended("validate-all", &ran).map(|()| serde_json::Value::Null)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::testbed::{Bed, spec};
+    use std::os::unix::fs::PermissionsExt;
+
+    const METADATA: &str = "<resource-agent><actions><action name=\"stop\" timeout=\"40s\"/>\
+                            <action name=\"monitor\" timeout=\"30s\"/></actions></resource-agent>";
+
+    /// An agent of these lines of shell, with `$said` as the file that it can write to.
+    fn agent(bed: &Bed, lines: &str) -> OcfAgent {
+        let path = bed.dir().join("agent");
+        let said = bed.dir().join("said");
+        std::fs::write(&path, format!("#!/bin/sh\nsaid={}\n{lines}\n", said.display())).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (root, text) = (bed.dir().to_owned(), |text: &str| text.to_owned());
+        let agent = Agent { kind: text("ocf:t:a"), root, path, provider: text("t"), name: text("a") };
+        OcfAgent { agent, metadata: Metadata::parse(METADATA).unwrap() }
+    }
+
+    #[test]
+    fn an_action_is_told_the_time_that_it_has() {
+        let bed = Bed::new();
+        let agent = agent(&bed, "echo $1 $OCF_RESKEY_CRM_meta_timeout >>$said; [ $1 != monitor ]");
+        let mut resource = bed.open(&agent, spec("ocf:t:a", &[("stop_timeout_ms", "50000")]));
+        resource.online().unwrap();
+        assert!(resource.is_alive().is_err());
+        resource.offline().unwrap();
+        resource.terminate().unwrap();
+        let mut plain = bed.open(&agent, spec("ocf:t:a", &[]));
+        plain.terminate().unwrap();
+        let told = std::fs::read_to_string(bed.dir().join("said")).unwrap();
+        let told: Vec<&str> = told.lines().collect();
+        assert_eq!(told, ["start 180000", "monitor 30000", "stop 180000", "stop 50000", "stop 40000"]);
     }
 }
