@@ -55,12 +55,13 @@ fn everything_that_an_application_started_ends_with_it() {
     let node = Node::new();
     let rhs = node.start("shared");
     let pids = node.path("pids");
-    // A child that ignores SIGTERM, and one that left the session.
+    // A child that ignores SIGTERM, one that left the session, and one that threw its environment away, too.
     let script = node.script(
         "tree",
         &format!(
             "#!/bin/sh\n(trap '' TERM; while :; do sleep 1000; done) & echo $! >>{0}\n\
-             setsid sh -c 'echo $$ >>{0}; while :; do sleep 1000; done' &\nwait\n",
+             setsid sh -c 'echo $$ >>{0}; while :; do sleep 1000; done' &\n\
+             env -i setsid sh -c 'echo $$ >>{0}; while :; do sleep 1000; done' &\nwait\n",
             pids.display()
         ),
     );
@@ -71,9 +72,15 @@ fn everything_that_an_application_started_ends_with_it() {
         let numbers: Vec<u64> = lines.lines().filter_map(|line| line.parse().ok()).collect();
         numbers
     };
-    for (round, entry) in [Entry::Offline, Entry::Terminate].into_iter().enumerate() {
+    for (round, entry) in [Entry::Offline, Entry::Terminate, Entry::Terminate].into_iter().enumerate() {
         rhs.call("app", Entry::Online);
-        until("both are there", || started().len() == 2 * (round + 1));
+        until("all are there", || started().len() == 3 * (round + 1));
+        if round == 2 {
+            // They are orphans then, but were seen before.
+            rhs.call("app", Entry::IsAlive);
+            kill(rhs.control("app", "pid").as_u64().unwrap());
+            rhs.failed("app");
+        }
         rhs.call("app", entry);
         assert!(!started().into_iter().any(is_there));
     }

@@ -1,5 +1,6 @@
 //! `GenericApplication`: any program that runs in the foreground. Online is: it runs. It gets a session of its own and a
-//! mark in its environment, so that what it starts is found, and ended, with it; its end is known at once by a pidfd.
+//! mark in its environment, so that what it starts is found, and ended, with it, also what leaves the session and changes its
+//! environment (it is looked for at every look); its end is known at once by a pidfd.
 
 use super::{keep, launch, property, property_ms};
 use crate::api::{
@@ -81,7 +82,7 @@ impl ResourceType for GenericApplication {
         self.check(&spec.properties).map_err(Failure::Config)?;
         let node = context.node();
         let mark = format!("{MARK}={}/{}/{}", node.cluster_id, node.node, spec.name);
-        Ok(Box::new(Application { spec, context, mark, running: None }))
+        Ok(Box::new(Application { spec, context, mark, running: None, family: Vec::new() }))
     }
 }
 
@@ -92,6 +93,8 @@ struct Application {
     /// `NAME=VALUE`.
     mark: String,
     running: Option<Running>,
+    /// What was seen of it last: its process, and what that had started.
+    family: Vec<Identity>,
 }
 
 #[derive(Debug)]
@@ -125,7 +128,7 @@ impl Application {
             return Err(Failure::new(format!("its process {how} at once; see its log")));
         };
         if let Err(failure) = keep(&self.context, &identity) {
-            let ended = processes::kill_all(Some(identity), &self.mark);
+            let ended = processes::kill_all(Some(identity), &self.mark, &[]);
             // Its end, so that it is no zombie.
             let _ = child.try_wait();
             return Err(ended.err().unwrap_or(failure));
@@ -188,6 +191,12 @@ impl Application {
         }
     }
 
+    /// Remembers what it has started: of a process whose parent has ended, nobody can tell any more.
+    fn see_family(&mut self) {
+        let leader = self.running.as_ref().map(|running| running.identity);
+        self.family = processes::family(leader.into_iter().chain(std::mem::take(&mut self.family)));
+    }
+
     /// Ends what is left of it.
     fn sweep(&mut self) -> Result<(), Failure> {
         if let Some(running) = &self.running {
@@ -195,7 +204,8 @@ impl Application {
         }
         let saved = self.context.saved().and_then(|saved| serde_json::from_value(saved).ok());
         let identity = self.running.as_ref().map(|running| running.identity).or(saved);
-        processes::kill_all(identity, &self.mark)?;
+        processes::kill_all(identity, &self.mark, &self.family)?;
+        self.family.clear();
         self.running = None;
         self.context.forget();
         Ok(())
@@ -221,6 +231,8 @@ impl Resource for Application {
     }
 
     fn offline(&mut self) -> Result<(), Failure> {
+        // Before anything of it ends.
+        self.see_family();
         if let Some(running) = &self.running {
             running.watch.lock().stopping = true;
             running.identity.signal_group(Signal::TERM);
@@ -238,12 +250,15 @@ impl Resource for Application {
     }
 
     fn looks_alive(&mut self) -> Result<(), Failure> {
-        self.look().map(drop)
+        self.look()?;
+        self.see_family();
+        Ok(())
     }
 
     fn is_alive(&mut self) -> Result<(), Failure> {
         let running = self.look()?;
         if running.identity.is_there() {
+            self.see_family();
             return Ok(());
         }
         Err(Failure::new(format!("process {} has ended", running.identity.pid)))
