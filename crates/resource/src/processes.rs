@@ -9,7 +9,9 @@ use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, mpsc};
@@ -257,7 +259,8 @@ impl Ran {
 /// nobody waits any more, or the time is over. `started` hears who it is, and may have it
 /// killed. Unlike
 /// [`crate::types`]' other programs these may leave processes behind that go on (a script starts a server), which may
-/// keep the outputs open: nobody waits for those.
+/// keep the outputs open: nobody waits for those. One that does leave some needs `log` for its outputs, at the end of which
+/// stands what it says: a pipe to this host would end with the host, and what was left behind with the pipe.
 ///
 /// # Errors
 /// It cannot be started, was given up (`Cancelled`), or took too long; or `started`'s own.
@@ -265,10 +268,17 @@ pub(crate) fn run(
     mut command: Command,
     context: Option<&dyn Services>,
     limit: Option<Duration>,
+    log: Option<&File>,
     started: impl FnOnce(Identity) -> Result<(), Failure>,
 ) -> Result<Ran, Failure> {
     let program = command.get_program().to_string_lossy().into_owned();
     command.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut log_from = 0;
+    if let Some(log) = log {
+        log_from = log.metadata().map_err(Failure::new)?.len();
+        command.stdout(log.try_clone().map_err(Failure::new)?);
+        command.stderr(log.try_clone().map_err(Failure::new)?);
+    }
     let mut child = command.spawn().map_err(|e| cannot_start(&program, &e))?;
     let pid = Pid::from_child(&child);
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(Failure::new)?;
@@ -299,7 +309,22 @@ pub(crate) fn run(
         return Err(failure);
     }
     let status = child.wait().map_err(Failure::new)?;
+    if let Some(log) = log {
+        return Ok(Ran { status, stdout: written_since(log, log_from), stderr: String::new() });
+    }
     Ok(Ran { status, stdout: out.take(), stderr: err.take() })
+}
+
+/// What was written to a log since it was that long; the last of it when that is much.
+fn written_since(log: &File, from: u64) -> String {
+    let length = log.metadata().map_or(from, |meta| meta.len());
+    let most = OUTPUT_BYTES_MAX as u64;
+    let from = from.max(length.saturating_sub(most));
+    let mut bytes = vec![0; usize::try_from(length.saturating_sub(from)).unwrap_or_default()];
+    // Its end is only for a message.
+    let read = log.read_at(&mut bytes, from).unwrap_or_default();
+    bytes.truncate(read);
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 /// Why a program cannot be started, as a failure.

@@ -2,16 +2,14 @@
 //! mark in its environment, so that what it starts is found, and ended, with it, also what leaves the session and changes its
 //! environment (it is looked for at every look); its end is known at once by a pidfd.
 
-use super::{keep, launch, property, property_ms};
-use crate::api::{
-    Context, EventLevel, Failure, Form, NodeInfo, Property, Resource, ResourceType, Spec, TypeInfo,
-};
+use super::{keep, launch, log, property, property_ms};
+use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Identity};
 use parking_lot::Mutex;
 use rustix::fd::OwnedFd;
 use rustix::process::Signal;
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -23,8 +21,6 @@ use std::time::Duration;
 const MARK: &str = "CSV_RESOURCE_ID";
 /// Between SIGTERM and SIGKILL by default.
 const STOP_TIMEOUT_MS: u64 = 20_000;
-/// A log file longer than this is put aside at the next online.
-const LOG_BYTES_MAX: u64 = 8 << 20;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -117,7 +113,7 @@ impl Application {
         let mut run = self.command()?;
         // Before there is a process: from here on a next host looks for one, by its mark.
         keep(&self.context, &serde_json::json!({}))?;
-        let log = open_log(self.context.node(), &self.spec.name).map_err(Failure::new)?;
+        let log = log::open(self.context.node(), &self.spec.name)?;
         let errors = log.try_clone().map_err(Failure::new)?;
         run.stdin(Stdio::null()).stdout(log).stderr(errors);
         let mut child = run.spawn().map_err(|e| processes::cannot_start("csv-rhs", &e))?;
@@ -289,14 +285,4 @@ fn find_program(program: &str, directory: &Path) -> Result<PathBuf, Failure> {
         .map(|place| place.join(program))
         .find(|path| is_program(path))
         .ok_or_else(|| Failure::NotHere(format!("there is no program {program} on this node")))
-}
-
-fn open_log(node: &NodeInfo, name: &str) -> std::io::Result<File> {
-    let directory = node.state_dir.join("log");
-    fs::create_dir_all(&directory)?;
-    let path = directory.join(format!("{}.log", crate::host::file_name(name)));
-    if fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX) {
-        fs::rename(&path, path.with_extension("log.1"))?;
-    }
-    OpenOptions::new().create(true).append(true).open(path)
 }

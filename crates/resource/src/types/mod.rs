@@ -7,6 +7,7 @@ mod fault;
 pub mod ip;
 mod launch;
 mod library;
+mod log;
 mod mounts;
 pub mod name;
 mod ocf;

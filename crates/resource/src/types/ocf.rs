@@ -7,7 +7,7 @@
 
 mod metadata;
 
-use super::script::{end_leftover, note};
+use super::script::{end_leftover, log_of, note};
 use super::{property, property_ms};
 use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Ran};
@@ -67,8 +67,8 @@ impl OcfAgent {
         let agent = Agent { kind: format!("ocf:{agent}"), root, path, provider, name };
         let mut command = agent.command("meta-data", &agent.kind);
         command.current_dir("/");
-        let ran =
-            processes::run(command, None, Some(METADATA_LIMIT), |_| Ok(())).map_err(|e| e.to_string())?;
+        let ran = processes::run(command, None, Some(METADATA_LIMIT), None, |_| Ok(()))
+            .map_err(|e| e.to_string())?;
         let metadata = Metadata::parse(&ran.stdout)
             .map_err(|e| format!("{} does not say what it is: {e} {}", agent.kind, ran.last_words()))?;
         Ok(OcfAgent { agent, metadata })
@@ -169,18 +169,20 @@ impl OcfResource {
         end_leftover(&self.context);
         let starts = action == "start";
         note(&self.context, starts, &serde_json::json!({}))?;
+        let log = log_of(&self.context, starts, &self.spec.name)?;
         let started = |process| note(&self.context, starts, &process);
         // What is not killed here is given up by the cluster after that time.
         let has = limit.unwrap_or_else(|| Duration::from_millis(self.spec.pending_timeout_ms));
         let command = self.command(action, None, has);
-        let ran = processes::run(command, Some(&*self.context), limit, started);
+        let ran = processes::run(command, Some(&*self.context), limit, log.as_ref(), started);
         self.context.forget();
         self.ended(action, &ran?)
     }
 
     fn monitor(&self, level: Option<&str>) -> Result<(), Failure> {
         let command = self.command("monitor", level, self.monitor_timeout);
-        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
+        let ran =
+            processes::run(command, Some(&*self.context), Some(self.monitor_timeout), None, |_| Ok(()))?;
         self.ended("monitor", &ran)
     }
 
@@ -209,7 +211,8 @@ impl OcfResource {
     /// Nothing of it runs: what the agent's monitor says, not what its stop promises.
     fn gone(&self) -> Result<(), Failure> {
         let command = self.command("monitor", None, self.monitor_timeout);
-        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
+        let ran =
+            processes::run(command, Some(&*self.context), Some(self.monitor_timeout), None, |_| Ok(()))?;
         match ran.status.code() {
             // Not installed means not running as well.
             Some(5 | 7) => Ok(()),
@@ -254,7 +257,8 @@ impl Resource for OcfResource {
             return Err(Failure::Unsupported(format!("an OCF agent cannot \"{verb}\"")));
         }
         let command = self.command("validate-all", None, self.monitor_timeout);
-        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| Ok(()))?;
+        let ran =
+            processes::run(command, Some(&*self.context), Some(self.monitor_timeout), None, |_| Ok(()))?;
         self.ended("validate-all", &ran).map(|()| serde_json::Value::Null)
     }
 }

@@ -111,7 +111,7 @@ impl Systemctl {
         let program = std::env::var_os("CSV_SYSTEMCTL").unwrap_or_else(|| "systemctl".into());
         let mut command = Command::new(program);
         command.args(args).arg("--").arg(&self.unit);
-        processes::run(command, Some(&*self.context), limit, |_| Ok(()))
+        processes::run(command, Some(&*self.context), limit, None, |_| Ok(()))
     }
 
     fn order(&self, args: &[&str], limit: Option<Duration>) -> Result<(), Failure> {
