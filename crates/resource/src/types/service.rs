@@ -189,8 +189,11 @@ impl Service {
         let (systemctl, seen) = (self.systemctl.clone(), Arc::clone(&self.watch));
         let waiting = move || {
             let mut main = main;
-            while let Some(pidfd) = main.and_then(Identity::hold) {
-                processes::wait_for_end_for_ever(&pidfd);
+            while let Some(process) = main {
+                // One that cannot be held has ended since it was seen.
+                if let Some(pidfd) = process.hold() {
+                    processes::wait_for_end_for_ever(&pidfd);
+                }
                 if seen.lock().round != round {
                     return;
                 }
