@@ -1,6 +1,5 @@
 //! Processes: who they are for good ([`Identity`]), held by pidfds so that a number can never mean another process,
-//! found again by a mark in their environment and by what they have
-//! started, and run as a step of an entry point ([`run`]).
+//! found again by a mark in their environment and by their parents, and run as a step of an entry point ([`run`]).
 
 use crate::api::{Failure, Services};
 use parking_lot::Mutex;
@@ -198,7 +197,7 @@ pub(crate) fn kill_all(session: Option<Identity>, mark: &str, known: &[Identity]
     let mut left = known.to_vec();
     loop {
         let held = stop_all(session, mark, &mut left);
-        if held.is_empty() {
+        if left.is_empty() {
             return Ok(());
         }
         if Instant::now() >= until {
@@ -256,8 +255,7 @@ impl Ran {
 }
 
 /// Runs a program in a process group of its own as a step of an entry point. Killed with its group when
-/// nobody waits any more, or the time is over. `started` hears who it is, and may have it
-/// killed. Unlike
+/// nobody waits any more, or the time is over. `started` hears who it is, and may have it killed. Unlike
 /// [`crate::types`]' other programs these may leave processes behind that go on (a script starts a server), which may
 /// keep the outputs open: nobody waits for those. One that does leave some needs `log` for its outputs, at the end of which
 /// stands what it says: a pipe to this host would end with the host, and what was left behind with the pipe.

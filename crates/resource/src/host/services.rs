@@ -53,7 +53,15 @@ impl Services for Offered {
 
     fn save(&self, state: Option<Value>) -> Result<(), Failure> {
         let path = self.state_file();
+        let forgets = state.is_none();
         write_state(&path, state).map_err(|e| {
+            if forgets {
+                return Failure::new(format!(
+                    "nothing of {} is here any more, but {} could not be removed: {e}; remove it",
+                    self.name,
+                    path.display()
+                ));
+            }
             Failure::new(format!(
                 "what a next resource host must know of {} could not be kept in {}: {e}; make room on the file system of the \
                  run directory, or see why it cannot be written",

@@ -3,7 +3,8 @@
 //! Safety is the reservation's (`reserve`): online takes the disk by PREEMPT AND ABORT before anything is read to be
 //! changed, so whatever a former owner still has mounted cannot write any more. A thread keeps looking at the reservation and tells
 //! at once when it is lost. After `terminate` nothing of this node writes: the file system is shut down where it cannot be
-//! unmounted (or where another mount of it is left, such as a bind mount), and the registration is given up, which the next owner's reservation turns into a wall.
+//! unmounted, or where another mount of it is left (a bind mount, another namespace), and the registration is given up, which
+//! the next owner's reservation turns into a wall. `offline` keeps the disk while there is such a mount.
 //!
 //! What outlives a host: mount and reservation. Both are noted before they are made. A host that finds them both takes them
 //! over; one that finds less reports it, and `terminate` clears away what is left.

@@ -370,6 +370,24 @@ fn a_disk_with_another_mount_of_it_is_kept_and_shut_down_by_terminate() {
 }
 
 #[test]
+fn another_mount_of_xfs_or_of_a_read_only_disk_is_shut_down_as_well() {
+    for (mkfs, more) in [
+        (&["mkfs.xfs", "-q"][..], &[("fs", "xfs")][..]),
+        (&["mkfs.ext4", "-q", "-F"][..], &[("options", "ro")][..]),
+    ] {
+        let Some(lun) = Lun::new(mkfs, 320) else { return };
+        let bed = lun.node(1);
+        let mut resource = disk(&bed, 1, more);
+        resource.online().unwrap();
+        let bound = Mounted::bind(&point(&bed), bed.dir().join("bound"));
+        assert!(resource.offline().is_err());
+        resource.terminate().unwrap();
+        assert!(bed.events().iter().any(|event| event.contains("was shut down")), "{:?}", bed.events());
+        assert!(File::create(bound.0.join("file")).is_err());
+    }
+}
+
+#[test]
 fn a_disk_that_is_mounted_in_another_namespace_counts_as_used() {
     let Some(lun) = Lun::ext4() else { return };
     let bed = lun.node(1);
