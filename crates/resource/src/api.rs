@@ -188,7 +188,16 @@ pub trait Services: Send + Sync + fmt::Debug {
     /// For the log of the cluster.
     fn event(&self, level: EventLevel, text: &str);
     /// Keeps what a new host needs to take over what this one has started. Lost at boot. `None` forgets it.
-    fn save(&self, state: Option<serde_json::Value>);
+    ///
+    /// # Errors
+    /// It could not be kept. Whoever is about to make something must make nothing then: no next host would know of it.
+    fn save(&self, state: Option<serde_json::Value>) -> Result<(), Failure>;
+    /// Forgets what was saved. A failure is only told: it leaves a resource that counts as one that may be here.
+    fn forget(&self) {
+        if let Err(failure) = self.save(None) {
+            self.event(EventLevel::Error, &failure.to_string());
+        }
+    }
     /// What was saved last, by this host or an earlier one.
     fn saved(&self) -> Option<serde_json::Value>;
 }

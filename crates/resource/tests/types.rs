@@ -55,12 +55,13 @@ fn everything_that_an_application_started_ends_with_it() {
     let node = Node::new();
     let rhs = node.start("shared");
     let pids = node.path("pids");
-    // A child that ignores SIGTERM, and one that left the session.
+    // A child that ignores SIGTERM, one that left the session, and one that threw its environment away, too.
     let script = node.script(
         "tree",
         &format!(
             "#!/bin/sh\n(trap '' TERM; while :; do sleep 1000; done) & echo $! >>{0}\n\
-             setsid sh -c 'echo $$ >>{0}; while :; do sleep 1000; done' &\nwait\n",
+             setsid sh -c 'echo $$ >>{0}; while :; do sleep 1000; done' &\n\
+             env -i setsid sh -c 'echo $$ >>{0}; while :; do sleep 1000; done' &\nwait\n",
             pids.display()
         ),
     );
@@ -71,9 +72,15 @@ fn everything_that_an_application_started_ends_with_it() {
         let numbers: Vec<u64> = lines.lines().filter_map(|line| line.parse().ok()).collect();
         numbers
     };
-    for (round, entry) in [Entry::Offline, Entry::Terminate].into_iter().enumerate() {
+    for (round, entry) in [Entry::Offline, Entry::Terminate, Entry::Terminate].into_iter().enumerate() {
         rhs.call("app", Entry::Online);
-        until("both are there", || started().len() == 2 * (round + 1));
+        until("all are there", || started().len() == 3 * (round + 1));
+        if round == 2 {
+            // They are orphans then, but were seen before.
+            rhs.call("app", Entry::IsAlive);
+            kill(rhs.control("app", "pid").as_u64().unwrap());
+            rhs.failed("app");
+        }
         rhs.call("app", entry);
         assert!(!started().into_iter().any(is_there));
     }
@@ -176,6 +183,54 @@ fn a_script_goes_through_its_life() {
     assert!(!node.path("up").exists());
     rhs.close("s");
     assert!(node.path("closed").exists());
+}
+
+#[test]
+fn what_a_script_or_an_agent_starts_outlives_the_host() {
+    let node = Node::new();
+    // A server that says something all the time, and is ended by its first word that nobody takes.
+    let lines = r#"dir=@DIR@
+up() { [ -e $dir/$1.pid ] && kill -0 $(cat $dir/$1.pid) 2>/dev/null; }
+serve() { echo serving $1; (while :; do echo $1 says; echo $1 warns >&2; echo beat >>$dir/$1.beats; sleep 0.05; done) &
+    echo $! >$dir/$1.pid; }
+halt() { kill $(cat $dir/$1.pid); rm $dir/$1.pid; }
+"#;
+    let lines = lines.replace("@DIR@", &node.dir.path().display().to_string());
+    let script = format!(
+        "#!/bin/sh\n{lines}case $1 in online) serve s;; offline|terminate) up s && halt s; true;; close) ;; *) up s;; esac\n"
+    );
+    let script = node.script("script", &script);
+    let agent = format!(
+        "#!/bin/sh\n[ $1 = meta-data ] && {{ echo '<resource-agent name=\"x\"/>'; exit 0; }}\n{lines}\
+         case $1 in start) serve a;; stop) up a && halt a; true;; *) up a || exit 7;; esac\n"
+    );
+    let agents = node.path("ocf/resource.d/test");
+    fs::create_dir_all(&agents).unwrap();
+    fs::rename(node.script("agent", &agent), agents.join("x")).unwrap();
+    node.environment(&[("OCF_ROOT", node.path("ocf").to_str().unwrap())]);
+    let rhs = node.start("one");
+    let specs = [
+        unpolled("s", "GenericScript", &[("script", script.to_str().unwrap())]),
+        unpolled("a", "ocf:test:x", &[]),
+    ];
+    for spec in &specs {
+        rhs.open(spec);
+        rhs.call(&spec.name, Entry::Online);
+    }
+    rhs.host.kill();
+    rhs.gone();
+    let beats = |name: &str| fs::read(node.path(&format!("{name}.beats"))).map_or(0, |text| text.len());
+    let rhs = node.start("two");
+    for spec in &specs {
+        let name = spec.name.as_str();
+        let before = beats(name);
+        until("it goes on", || beats(name) > before + 50);
+        rhs.adopt(spec).unwrap();
+        rhs.call(name, Entry::Offline);
+        let log = fs::read_to_string(node.path(&format!("state/log/{name}.log"))).unwrap();
+        let says = [format!("serving {name}\n"), format!("{name} says\n"), format!("{name} warns\n")];
+        assert!(says.iter().all(|line| log.contains(line)), "{log}");
+    }
 }
 
 #[test]

@@ -93,7 +93,7 @@ fn what_a_dead_host_left_is_ended_before_a_start() {
     let old = pid(&mut *vm);
     drop(vm);
     // It died before it could save what it had started.
-    csv_resource::api::Services::save(&*node, None);
+    csv_resource::api::Services::save(&*node, None).unwrap();
     let mut vm = open(&node, name, &properties);
     assert!(vm.adopt().is_err());
     vm.online().unwrap();
@@ -147,6 +147,67 @@ fn a_saved_machine_goes_on_where_it_was() {
     assert!(lab.path("disk.img.vmstate.bad").exists() && !state.exists());
     verb(&mut *vm, "kill", &none());
     vm.offline().unwrap();
+}
+
+#[test]
+fn a_guest_goes_on_only_without_a_saved_state() {
+    if guest().is_none() {
+        return;
+    }
+    let (lab, name) = (Lab::new(), "unsaved");
+    let (node, image, console) = (lab.node("n1"), lab.image("disk.img"), lab.console(name));
+    let disk = image.to_str().unwrap();
+    let properties = lab.properties(name, "count button", &[("disk", disk), ("offline_action", "save")]);
+    let mut vm = open(&node, name, &properties);
+    vm.online().unwrap();
+    console.counts_on(2);
+    let (state, json) = (lab.path("disk.img.vmstate"), lab.path("disk.img.vmstate.json"));
+    // The state cannot be finished, and one that can be found is removed before the guest goes on.
+    std::fs::write(&state, b"a state").unwrap();
+    std::fs::create_dir(&json).unwrap();
+    let error = vm.offline().unwrap_err();
+    assert!(error.to_string().contains("could not be saved"), "{error}");
+    assert!(!state.exists() && !lab.path("disk.img.vmstate.part").exists());
+    assert_eq!(status(&mut *vm), "running");
+    console.counts_on(2);
+    // One that cannot be removed keeps it stopped.
+    std::fs::create_dir(&state).unwrap();
+    let error = vm.offline().unwrap_err();
+    assert!(error.to_string().contains("is kept paused"), "{error}");
+    let stands = |vm: &mut dyn Resource| assert_eq!(status(vm), "postmigrate");
+    stands(&mut *vm);
+    let refused = |vm: &mut dyn Resource| {
+        let error = vm.control("resume", &none()).unwrap_err();
+        assert!(error.to_string().contains("vmstate, which cannot be removed"), "{error}");
+    };
+    refused(&mut *vm);
+    verb(&mut *vm, "shutdown", &none());
+    assert!(vm.offline().is_err());
+    // It counts as sent away from its next look on.
+    assert_eq!((vm.is_alive(), vm.online().is_err()), (Ok(()), true));
+    refused(&mut *vm);
+    stands(&mut *vm);
+    std::fs::remove_dir(&state).unwrap();
+    verb(&mut *vm, "resume", &none());
+    console.counts_on(2);
+    // A state whose guest QEMU refuses to let run, since another has the image, is kept.
+    std::fs::remove_dir(&json).unwrap();
+    verb(&mut *vm, "save", &none());
+    vm.offline().unwrap();
+    assert!(state.exists());
+    let elsewhere = lab.path("n1");
+    let more = [("disk", disk), ("save_dir", elsewhere.to_str().unwrap())];
+    let mut other = open(&node, "other", &lab.properties("other", "idle", &more));
+    other.online().unwrap();
+    let error = vm.online().unwrap_err();
+    assert!(error.to_string().contains("refused \"cont\""), "{error}");
+    assert!(state.exists());
+    other.terminate().unwrap();
+    vm.online().unwrap();
+    console.counts_on(2);
+    console.check(1);
+    assert!(!state.exists());
+    vm.terminate().unwrap();
 }
 
 #[test]
@@ -224,6 +285,10 @@ fn a_guest_that_shuts_itself_down_fails_or_stays_off() {
     verb(&mut *vm, "start", &none());
     assert!(matches!(status(&mut *vm).as_str(), "running" | "ended"));
     vm.terminate().unwrap();
+    // Offline is not off: it may be online elsewhere.
+    let error = vm.control("start", &none()).unwrap_err();
+    assert!(error.to_string().contains("csvctl vm start"), "{error}");
+    assert_eq!(status(&mut *vm), "off");
     assert!(vm.looks_alive().is_err());
 }
 

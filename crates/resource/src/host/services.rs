@@ -2,7 +2,7 @@
 
 use super::Shared;
 use super::worker::Worker;
-use crate::api::{EventLevel, NodeInfo, Services};
+use crate::api::{EventLevel, Failure, NodeInfo, Services};
 use crate::protocol::FromHost;
 use serde_json::Value;
 use std::fmt::Write as _;
@@ -51,11 +51,24 @@ impl Services for Offered {
         self.shared.outbox.tell(FromHost::Event { name: self.name.clone(), level, text: text.to_owned() });
     }
 
-    fn save(&self, state: Option<Value>) {
-        if let Err(e) = write_state(&self.state_file(), state) {
-            let text = format!("what a next resource host must know could not be kept: {e}");
-            self.event(EventLevel::Error, &text);
-        }
+    fn save(&self, state: Option<Value>) -> Result<(), Failure> {
+        let path = self.state_file();
+        let forgets = state.is_none();
+        write_state(&path, state).map_err(|e| {
+            if forgets {
+                return Failure::new(format!(
+                    "nothing of {} is here any more, but {} could not be removed: {e}; remove it",
+                    self.name,
+                    path.display()
+                ));
+            }
+            Failure::new(format!(
+                "what a next resource host must know of {} could not be kept in {}: {e}; make room on the file system of the \
+                 run directory, or see why it cannot be written",
+                self.name,
+                path.display()
+            ))
+        })
     }
 
     fn saved(&self) -> Option<Value> {
@@ -92,8 +105,12 @@ fn write_state(path: &Path, state: Option<Value>) -> io::Result<()> {
         fs::create_dir_all(parent)?;
     }
     let fresh = path.with_extension("json.new");
-    fs::write(&fresh, serde_json::to_vec(&state)?)?;
-    fs::rename(&fresh, path)
+    let written = fs::write(&fresh, serde_json::to_vec(&state)?).and_then(|()| fs::rename(&fresh, path));
+    if written.is_err() {
+        // It takes room that is missing.
+        let _ = fs::remove_file(&fresh);
+    }
+    written
 }
 
 /// A file name for a resource's name, which may contain anything.
@@ -112,7 +129,21 @@ pub(crate) fn file_name(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::file_name;
+    use super::{file_name, write_state};
+
+    #[test]
+    fn a_state_that_cannot_be_kept_is_an_error_and_leaves_the_former_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a/b.json");
+        write_state(&path, Some("first".into())).unwrap();
+        // In the way of what is renamed.
+        std::fs::create_dir(path.with_extension("json.new")).unwrap();
+        assert!(write_state(&path, Some("second".into())).is_err());
+        assert_eq!(std::fs::read(&path).unwrap(), b"\"first\"");
+        write_state(&path, None).unwrap();
+        write_state(&path, None).unwrap();
+        assert!(!path.exists());
+    }
 
     #[test]
     fn names_become_file_names() {

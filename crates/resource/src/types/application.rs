@@ -1,16 +1,15 @@
 //! `GenericApplication`: any program that runs in the foreground. Online is: it runs. It gets a session of its own and a
-//! mark in its environment, so that what it starts is found, and ended, with it; its end is known at once by a pidfd.
+//! mark in its environment, so that what it starts is found, and ended, with it, also what leaves the session and changes its
+//! environment (it is looked for at every look); its end is known at once by a pidfd.
 
-use super::{launch, property, property_ms};
-use crate::api::{
-    Context, EventLevel, Failure, Form, NodeInfo, Property, Resource, ResourceType, Spec, TypeInfo,
-};
+use super::{keep, launch, log, property, property_ms};
+use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Identity};
 use parking_lot::Mutex;
 use rustix::fd::OwnedFd;
 use rustix::process::Signal;
 use std::collections::BTreeMap;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -22,8 +21,6 @@ use std::time::Duration;
 const MARK: &str = "CSV_RESOURCE_ID";
 /// Between SIGTERM and SIGKILL by default.
 const STOP_TIMEOUT_MS: u64 = 20_000;
-/// A log file longer than this is put aside at the next online.
-const LOG_BYTES_MAX: u64 = 8 << 20;
 
 /// See the module's text.
 #[derive(Debug)]
@@ -81,7 +78,7 @@ impl ResourceType for GenericApplication {
         self.check(&spec.properties).map_err(Failure::Config)?;
         let node = context.node();
         let mark = format!("{MARK}={}/{}/{}", node.cluster_id, node.node, spec.name);
-        Ok(Box::new(Application { spec, context, mark, running: None }))
+        Ok(Box::new(Application { spec, context, mark, running: None, family: Vec::new() }))
     }
 }
 
@@ -92,6 +89,8 @@ struct Application {
     /// `NAME=VALUE`.
     mark: String,
     running: Option<Running>,
+    /// What was seen of it last: its process, and what that had started.
+    family: Vec<Identity>,
 }
 
 #[derive(Debug)]
@@ -112,7 +111,9 @@ struct Watch {
 impl Application {
     fn start(&mut self) -> Result<(), Failure> {
         let mut run = self.command()?;
-        let log = open_log(self.context.node(), &self.spec.name).map_err(Failure::new)?;
+        // Before there is a process: from here on a next host looks for one, by its mark.
+        keep(&self.context, &serde_json::json!({}))?;
+        let log = log::open(self.context.node(), &self.spec.name)?;
         let errors = log.try_clone().map_err(Failure::new)?;
         run.stdin(Stdio::null()).stdout(log).stderr(errors);
         let mut child = run.spawn().map_err(|e| processes::cannot_start("csv-rhs", &e))?;
@@ -122,7 +123,12 @@ impl Application {
             let how = child.wait().map_or_else(|e| e.to_string(), processes::ended_how);
             return Err(Failure::new(format!("its process {how} at once; see its log")));
         };
-        self.context.save(serde_json::to_value(identity).ok());
+        if let Err(failure) = keep(&self.context, &identity) {
+            let ended = processes::kill_all(Some(identity), &self.mark, &[]);
+            // Its end, so that it is no zombie.
+            let _ = child.try_wait();
+            return Err(ended.err().unwrap_or(failure));
+        }
         self.watch(identity, pidfd, Some(child))
     }
 
@@ -181,6 +187,12 @@ impl Application {
         }
     }
 
+    /// Remembers what it has started: of a process whose parent has ended, nobody can tell any more.
+    fn see_family(&mut self) {
+        let leader = self.running.as_ref().map(|running| running.identity);
+        self.family = processes::family_by_lists(leader.into_iter().chain(std::mem::take(&mut self.family)));
+    }
+
     /// Ends what is left of it.
     fn sweep(&mut self) -> Result<(), Failure> {
         if let Some(running) = &self.running {
@@ -188,9 +200,10 @@ impl Application {
         }
         let saved = self.context.saved().and_then(|saved| serde_json::from_value(saved).ok());
         let identity = self.running.as_ref().map(|running| running.identity).or(saved);
-        processes::kill_all(identity, &self.mark)?;
+        processes::kill_all(identity, &self.mark, &self.family)?;
+        self.family.clear();
         self.running = None;
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 }
@@ -214,6 +227,9 @@ impl Resource for Application {
     }
 
     fn offline(&mut self) -> Result<(), Failure> {
+        // Before anything of it ends, and thoroughly.
+        let leader = self.running.as_ref().map(|running| running.identity);
+        self.family = processes::family(leader.into_iter().chain(std::mem::take(&mut self.family)));
         if let Some(running) = &self.running {
             running.watch.lock().stopping = true;
             running.identity.signal_group(Signal::TERM);
@@ -231,12 +247,15 @@ impl Resource for Application {
     }
 
     fn looks_alive(&mut self) -> Result<(), Failure> {
-        self.look().map(drop)
+        self.look()?;
+        self.see_family();
+        Ok(())
     }
 
     fn is_alive(&mut self) -> Result<(), Failure> {
         let running = self.look()?;
         if running.identity.is_there() {
+            self.see_family();
             return Ok(());
         }
         Err(Failure::new(format!("process {} has ended", running.identity.pid)))
@@ -267,14 +286,4 @@ fn find_program(program: &str, directory: &Path) -> Result<PathBuf, Failure> {
         .map(|place| place.join(program))
         .find(|path| is_program(path))
         .ok_or_else(|| Failure::NotHere(format!("there is no program {program} on this node")))
-}
-
-fn open_log(node: &NodeInfo, name: &str) -> std::io::Result<File> {
-    let directory = node.state_dir.join("log");
-    fs::create_dir_all(&directory)?;
-    let path = directory.join(format!("{}.log", crate::host::file_name(name)));
-    if fs::metadata(&path).is_ok_and(|meta| meta.len() > LOG_BYTES_MAX) {
-        fs::rename(&path, path.with_extension("log.1"))?;
-    }
-    OpenOptions::new().create(true).append(true).open(path)
 }

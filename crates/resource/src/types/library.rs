@@ -467,7 +467,11 @@ unsafe extern "C" fn host_event(host: *const Context, level: c_int, what: *const
 
 unsafe extern "C" fn host_save(host: *const Context, state: *const c_char) {
     // SAFETY: by csv_resource.h callbacks are called from open until close returns.
-    unsafe { context(host) }.save(text(state).map(Value::String));
+    let context = unsafe { context(host) };
+    // The function returns nothing, so a library cannot be told.
+    if let Err(failure) = context.save(text(state).map(Value::String)) {
+        context.event(EventLevel::Error, &failure.to_string());
+    }
 }
 
 unsafe extern "C" fn host_saved(host: *const Context, buffer: *mut c_char, size: usize) -> usize {

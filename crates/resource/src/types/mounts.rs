@@ -30,7 +30,15 @@ pub(crate) fn at(point: &Path) -> io::Result<Option<Mount>> {
 /// When mountinfo cannot be read.
 pub(crate) fn all() -> io::Result<Vec<Mount>> {
     // Of the thread: a test looks at a namespace of its own.
-    let text = std::fs::read("/proc/thread-self/mountinfo")?;
+    of(Path::new("/proc/thread-self/mountinfo"))
+}
+
+/// All mounts of a process, by its mountinfo.
+///
+/// # Errors
+/// When it cannot be read.
+pub(crate) fn of(mountinfo: &Path) -> io::Result<Vec<Mount>> {
+    let text = std::fs::read(mountinfo)?;
     Ok(String::from_utf8_lossy(&text).lines().filter_map(parse).collect())
 }
 

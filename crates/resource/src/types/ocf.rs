@@ -7,7 +7,7 @@
 
 mod metadata;
 
-use super::script::end_leftover;
+use super::script::{end_leftover, log_of, note};
 use super::{property, property_ms};
 use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Ran};
@@ -67,7 +67,8 @@ impl OcfAgent {
         let agent = Agent { kind: format!("ocf:{agent}"), root, path, provider, name };
         let mut command = agent.command("meta-data", &agent.kind);
         command.current_dir("/");
-        let ran = processes::run(command, None, Some(METADATA_LIMIT), |_| {}).map_err(|e| e.to_string())?;
+        let ran = processes::run(command, None, Some(METADATA_LIMIT), None, |_| Ok(()))
+            .map_err(|e| e.to_string())?;
         let metadata = Metadata::parse(&ran.stdout)
             .map_err(|e| format!("{} does not say what it is: {e} {}", agent.kind, ran.last_words()))?;
         Ok(OcfAgent { agent, metadata })
@@ -146,13 +147,14 @@ struct OcfResource {
 }
 
 impl OcfResource {
-    fn command(&self, action: &str, level: Option<&str>) -> Command {
+    /// `limit` is the time that the action has: some agents give up, or kill what they manage, shortly before it is over.
+    fn command(&self, action: &str, level: Option<&str>, limit: Duration) -> Command {
         let mut command = self.agent.command(action, &self.spec.name);
         // Agents use it in names of files.
         command.env("OCF_RESOURCE_INSTANCE", crate::host::file_name(&self.spec.name));
         // Some name the node that they run on.
         command.env("OCF_RESKEY_CRM_meta_on_node", &self.context.node().node);
-        command.env("OCF_RESKEY_CRM_meta_timeout", self.monitor_timeout.as_millis().to_string());
+        command.env("OCF_RESKEY_CRM_meta_timeout", limit.as_millis().to_string());
         if let Some(level) = level {
             command.env("OCF_CHECK_LEVEL", level);
         }
@@ -165,15 +167,22 @@ impl OcfResource {
 
     fn action(&self, action: &str, limit: Option<Duration>) -> Result<(), Failure> {
         end_leftover(&self.context);
-        let started = |process| self.context.save(serde_json::to_value(process).ok());
-        let ran = processes::run(self.command(action, None), Some(&*self.context), limit, started);
-        self.context.save(None);
+        let starts = action == "start";
+        note(&self.context, starts, &serde_json::json!({}))?;
+        let log = log_of(&self.context, starts, &self.spec.name)?;
+        let started = |process| note(&self.context, starts, &process);
+        // What is not killed here is given up by the cluster after that time.
+        let has = limit.unwrap_or_else(|| Duration::from_millis(self.spec.pending_timeout_ms));
+        let command = self.command(action, None, has);
+        let ran = processes::run(command, Some(&*self.context), limit, log.as_ref(), started);
+        self.context.forget();
         self.ended(action, &ran?)
     }
 
     fn monitor(&self, level: Option<&str>) -> Result<(), Failure> {
-        let limit = Some(self.monitor_timeout);
-        let ran = processes::run(self.command("monitor", level), Some(&*self.context), limit, |_| {})?;
+        let command = self.command("monitor", level, self.monitor_timeout);
+        let ran =
+            processes::run(command, Some(&*self.context), Some(self.monitor_timeout), None, |_| Ok(()))?;
         self.ended("monitor", &ran)
     }
 
@@ -201,8 +210,9 @@ impl OcfResource {
 
     /// Nothing of it runs: what the agent's monitor says, not what its stop promises.
     fn gone(&self) -> Result<(), Failure> {
-        let limit = Some(self.monitor_timeout);
-        let ran = processes::run(self.command("monitor", None), Some(&*self.context), limit, |_| {})?;
+        let command = self.command("monitor", None, self.monitor_timeout);
+        let ran =
+            processes::run(command, Some(&*self.context), Some(self.monitor_timeout), None, |_| Ok(()))?;
         match ran.status.code() {
             // Not installed means not running as well.
             Some(5 | 7) => Ok(()),
@@ -246,8 +256,46 @@ impl Resource for OcfResource {
         if verb != "validate-all" {
             return Err(Failure::Unsupported(format!("an OCF agent cannot \"{verb}\"")));
         }
-        let command = self.command("validate-all", None);
-        let ran = processes::run(command, Some(&*self.context), Some(self.monitor_timeout), |_| {})?;
+        let command = self.command("validate-all", None, self.monitor_timeout);
+        let ran =
+            processes::run(command, Some(&*self.context), Some(self.monitor_timeout), None, |_| Ok(()))?;
         self.ended("validate-all", &ran).map(|()| serde_json::Value::Null)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::testbed::{Bed, spec};
+    use std::os::unix::fs::PermissionsExt;
+
+    const METADATA: &str = "<resource-agent><actions><action name=\"stop\" timeout=\"40s\"/>\
+                            <action name=\"monitor\" timeout=\"30s\"/></actions></resource-agent>";
+
+    /// An agent of these lines of shell, with `$said` as the file that it can write to.
+    fn agent(bed: &Bed, lines: &str) -> OcfAgent {
+        let path = bed.dir().join("agent");
+        let said = bed.dir().join("said");
+        std::fs::write(&path, format!("#!/bin/sh\nsaid={}\n{lines}\n", said.display())).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let (root, text) = (bed.dir().to_owned(), |text: &str| text.to_owned());
+        let agent = Agent { kind: text("ocf:t:a"), root, path, provider: text("t"), name: text("a") };
+        OcfAgent { agent, metadata: Metadata::parse(METADATA).unwrap() }
+    }
+
+    #[test]
+    fn an_action_is_told_the_time_that_it_has() {
+        let bed = Bed::new();
+        let agent = agent(&bed, "echo $1 $OCF_RESKEY_CRM_meta_timeout >>$said; [ $1 != monitor ]");
+        let mut resource = bed.open(&agent, spec("ocf:t:a", &[("stop_timeout_ms", "50000")]));
+        resource.online().unwrap();
+        assert!(resource.is_alive().is_err());
+        resource.offline().unwrap();
+        resource.terminate().unwrap();
+        let mut plain = bed.open(&agent, spec("ocf:t:a", &[]));
+        plain.terminate().unwrap();
+        let told = std::fs::read_to_string(bed.dir().join("said")).unwrap();
+        let told: Vec<&str> = told.lines().collect();
+        assert_eq!(told, ["start 180000", "monitor 30000", "stop 180000", "stop 50000", "stop 40000"]);
     }
 }

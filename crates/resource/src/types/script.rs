@@ -1,10 +1,12 @@
-//! `GenericScript`: a program that is called for every entry point, with its name as only argument; exit status 0 is yes. A
+//! `GenericScript`: a program that is called for every entry point, with its name as only argument; exit status 0 is yes. What
+//! calls that change something say is in the resource's log ([`log`]), where a server that they start can write on. A
 //! call that nobody waits for any more is killed with its process group.
 
-use super::property;
-use crate::api::{Context, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
+use super::{keep, log, property};
+use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
 use crate::processes::{self, Identity};
 use rustix::process::Signal;
+use std::fs::File;
 use std::process::Command;
 use std::time::Duration;
 
@@ -80,9 +82,10 @@ impl Script {
         &self,
         entry: &str,
         limit: Option<Duration>,
-        started: impl FnOnce(Identity),
+        log: Option<&File>,
+        started: impl FnOnce(Identity) -> Result<(), Failure>,
     ) -> Result<(), Failure> {
-        let ran = processes::run(self.command(entry), Some(&*self.context), limit, started)?;
+        let ran = processes::run(self.command(entry), Some(&*self.context), limit, log, started)?;
         if ran.status.success() {
             return Ok(());
         }
@@ -94,10 +97,31 @@ impl Script {
     /// the script hangs.
     fn change(&self, entry: &str) -> Result<(), Failure> {
         end_leftover(&self.context);
-        let started = |process| self.context.save(serde_json::to_value(process).ok());
-        let ended = self.call(entry, None, started);
-        self.context.save(None);
+        let starts = entry == "online";
+        note(&self.context, starts, &serde_json::json!({}))?;
+        let log = log_of(&self.context, starts, &self.spec.name)?;
+        let ended = self.call(entry, None, log.as_ref(), |process| note(&self.context, starts, &process));
+        self.context.forget();
         ended
+    }
+}
+
+/// Keeps that a call runs. What ends a resource is called even when that fails.
+pub(super) fn note(context: &Context, starts: bool, state: &impl serde::Serialize) -> Result<(), Failure> {
+    match keep(context, state) {
+        Err(failure) if !starts => {
+            context.event(EventLevel::Error, &failure.to_string());
+            Ok(())
+        }
+        kept => kept,
+    }
+}
+
+/// Where a call that changes something writes: what it starts may outlive this host. What ends a resource goes on without.
+pub(super) fn log_of(context: &Context, starts: bool, name: &str) -> Result<Option<File>, Failure> {
+    match log::open(context.node(), name) {
+        Err(failure) if starts => Err(failure),
+        log => Ok(log.ok()),
     }
 }
 
@@ -131,17 +155,17 @@ impl Resource for Script {
     }
 
     fn looks_alive(&mut self) -> Result<(), Failure> {
-        self.call("looks_alive", None, |_| {})
+        self.call("looks_alive", None, None, |_| Ok(()))
     }
 
     fn is_alive(&mut self) -> Result<(), Failure> {
-        self.call("is_alive", None, |_| {})
+        self.call("is_alive", None, None, |_| Ok(()))
     }
 }
 
 impl Drop for Script {
     fn drop(&mut self) {
         // Nobody hears how it went.
-        let _ = self.call("close", Some(CLOSE_LIMIT), |_| {});
+        let _ = self.call("close", Some(CLOSE_LIMIT), None, |_| Ok(()));
     }
 }

@@ -111,7 +111,7 @@ impl Systemctl {
         let program = std::env::var_os("CSV_SYSTEMCTL").unwrap_or_else(|| "systemctl".into());
         let mut command = Command::new(program);
         command.args(args).arg("--").arg(&self.unit);
-        processes::run(command, Some(&*self.context), limit, |_| {})
+        processes::run(command, Some(&*self.context), limit, None, |_| Ok(()))
     }
 
     fn order(&self, args: &[&str], limit: Option<Duration>) -> Result<(), Failure> {
@@ -189,8 +189,11 @@ impl Service {
         let (systemctl, seen) = (self.systemctl.clone(), Arc::clone(&self.watch));
         let waiting = move || {
             let mut main = main;
-            while let Some(pidfd) = main.and_then(Identity::hold) {
-                processes::wait_for_end_for_ever(&pidfd);
+            while let Some(process) = main {
+                // One that cannot be held has ended since it was seen.
+                if let Some(pidfd) = process.hold() {
+                    processes::wait_for_end_for_ever(&pidfd);
+                }
                 if seen.lock().round != round {
                     return;
                 }

@@ -1,6 +1,8 @@
 //! A double of the host for tests of resource types: keeps what a resource says, and a temporary node.
 
-use crate::api::{Context, EventLevel, NodeInfo, Resource, ResourceType, Services, Spec, check_properties};
+use crate::api::{
+    Context, EventLevel, Failure, NodeInfo, Resource, ResourceType, Services, Spec, check_properties,
+};
 use crate::types::settings::Properties;
 use parking_lot::{Condvar, Mutex};
 use std::path::Path;
@@ -27,6 +29,8 @@ struct Told {
     reports: Vec<Result<(), String>>,
     events: Vec<(EventLevel, String)>,
     saved: Option<serde_json::Value>,
+    /// Nothing can be saved.
+    is_full: bool,
 }
 
 impl Bed {
@@ -96,6 +100,11 @@ impl Bed {
         self.0.told.lock().saved.clone()
     }
 
+    /// From now on nothing can be saved, or it can again.
+    pub(crate) fn set_full(&self, is_full: bool) {
+        self.0.told.lock().is_full = is_full;
+    }
+
     pub(crate) fn events(&self) -> Vec<String> {
         self.0.told.lock().events.iter().map(|(_, text)| text.clone()).collect()
     }
@@ -137,8 +146,13 @@ impl Services for Double {
         self.changed.notify_all();
     }
 
-    fn save(&self, state: Option<serde_json::Value>) {
-        self.told.lock().saved = state;
+    fn save(&self, state: Option<serde_json::Value>) -> Result<(), Failure> {
+        let mut told = self.told.lock();
+        if told.is_full && state.is_some() {
+            return Err(Failure::new("could not be kept"));
+        }
+        told.saved = state;
+        Ok(())
     }
 
     fn saved(&self) -> Option<serde_json::Value> {

@@ -1,7 +1,7 @@
 //! What the tests of virtual machines need: a guest in a few lines, nodes, and a double of the resource host.
 
 use csv_resource::api::{
-    Context, EventLevel, NodeInfo, Resource, ResourceType, Services, Spec, check_properties,
+    Context, EventLevel, Failure, NodeInfo, Resource, ResourceType, Services, Spec, check_properties,
 };
 use csv_resource::types::vm::VirtualMachine;
 use serde_json::{Value, json};
@@ -118,8 +118,9 @@ impl Services for Node {
         self.changed.notify_all();
     }
 
-    fn save(&self, state: Option<Value>) {
+    fn save(&self, state: Option<Value>) -> Result<(), Failure> {
         self.told.lock().unwrap().saved = state;
+        Ok(())
     }
 
     fn saved(&self) -> Option<Value> {

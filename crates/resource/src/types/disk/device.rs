@@ -6,7 +6,14 @@ use crate::types::mounts::{self, Mount};
 use crate::types::run::{Bounded, Program};
 use csv_lun::{Lun, LunOptions, probe, reservation, sys};
 use nix::mount::{MntFlags, umount2};
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string,
+    fsmount, fsopen,
+};
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -57,6 +64,13 @@ pub(super) fn number(device: &Path) -> std::io::Result<String> {
 pub(super) fn mounted(device: &str, point: &Path) -> Result<Option<Mount>, Failure> {
     let mount = mounts::at(point).map_err(|error| Failure::new(format!("mounts cannot be read: {error}")))?;
     Ok(mount.filter(|mount| mount.device == device))
+}
+
+/// Makes the mount point; its path without symbolic links, as mountinfo will have it.
+pub(super) fn make_point(point: &Path) -> Result<PathBuf, Failure> {
+    fs::create_dir_all(point)
+        .and_then(|()| fs::canonicalize(point))
+        .map_err(|error| Failure::new(format!("the mount point {} cannot be made: {error}", point.display())))
 }
 
 fn open_lun(path: &Path) -> Result<Lun, Failure> {
@@ -136,6 +150,7 @@ pub(super) fn mount(
     context: &Context,
     device: &Path,
     fs: &str,
+    number: &str,
     point: &Path,
     options: &str,
 ) -> Result<(), Failure> {
@@ -146,8 +161,6 @@ pub(super) fn mount(
             format!("{shown} is a mount of {} ({}) already; choose another mount", there.device, there.fs);
         return Err(Failure::new(text));
     }
-    fs::create_dir_all(point)
-        .map_err(|error| Failure::new(format!("the mount point {shown} cannot be made: {error}")))?;
     context.progress(&format!("mounting {} at {shown}", device.display()));
     let what = format!("{} could not be mounted at {shown}", device.display());
     let mut args = vec!["-t".to_owned(), fs.to_owned()];
@@ -155,7 +168,11 @@ pub(super) fn mount(
         args.extend(["-o".to_owned(), options.to_owned()]);
     }
     args.extend([device.to_string_lossy().into_owned(), point.to_string_lossy().into_owned()]);
-    Program::new("mount", "mount", MOUNT_LIMIT).args(args).succeed(context, &what).map(drop)
+    Program::new("mount", "mount", MOUNT_LIMIT).args(args).succeed(context, &what)?;
+    // A mount that is not found again would count as gone, and its disk as free.
+    mounted(number, point)?.map(drop).ok_or_else(|| {
+        Failure::new(format!("{what}: mount says it is, but {number} is not there in mountinfo"))
+    })
 }
 
 /// Unmounts in good order.
@@ -185,6 +202,43 @@ pub(super) fn unmount(context: &Context, calls: &mut Bounded, point: &Path) -> R
     )))
 }
 
+/// Who still uses the disk on this node now that our mount of it is gone, such as a bind mount or a mount in another
+/// namespace; `None` when nobody does. Looks again for a while at what the kernel holds, since a detached mount ends late.
+pub(super) fn used_by(calls: &mut Bounded, device: &Path, number: &str) -> Result<Option<String>, Failure> {
+    for _ in 0..BUSY_TRIES {
+        if !Path::new("/sys/dev/block").join(number).exists() {
+            // What the node has lost, nothing of it writes.
+            return Ok(None);
+        }
+        let path = device.to_owned();
+        let what = format!("finding out who uses {}", device.display());
+        let user = calls.call(FORCE_LIMIT, &what, move || {
+            csv_lun::is_mounted(&path).map_err(|error| format!("{}: {error}", path.display()))
+        })?;
+        if user.is_none() {
+            return Ok(None);
+        }
+        // A mount does not end by itself.
+        if let Some(mounts) = holders::mounts_of(number) {
+            return Ok(Some(mounts));
+        }
+        std::thread::sleep(BUSY_PAUSE);
+    }
+    Ok(Some(
+        "the kernel holds it (files open on a mount that was detached, swap, LVM, mdraid or multipath)"
+            .into(),
+    ))
+}
+
+/// What [`take_down`] came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Down {
+    /// Our mount is gone; another one of the same file system may write on.
+    Unmounted,
+    /// The file system is shut down, whoever has it mounted.
+    ShutDown,
+}
+
 /// Takes the file system down so that nothing of this node can write it any more, whoever has files open. Where the disk is
 /// still ours, what was written before is kept if that takes no longer than some seconds.
 pub(super) fn take_down(
@@ -192,7 +246,7 @@ pub(super) fn take_down(
     device: &Path,
     point: &Path,
     is_ours: bool,
-) -> Result<(), Failure> {
+) -> Result<Down, Failure> {
     let shown = point.display();
     let path = point.to_owned();
     let tried = is_ours.then(|| {
@@ -205,7 +259,7 @@ pub(super) fn take_down(
     });
     // As a power cut; the log is flushed only to a disk that is ours and answers.
     let flags = match tried {
-        Some(Ok(Ok(()))) => return Ok(()),
+        Some(Ok(Ok(()))) => return Ok(Down::Unmounted),
         Some(Ok(Err(_))) => sys::SHUTDOWN_LOGFLUSH,
         Some(Err(_)) | None => sys::SHUTDOWN_NOLOGFLUSH,
     };
@@ -219,15 +273,56 @@ pub(super) fn take_down(
     umount2(point, MntFlags::MNT_DETACH)
         .map_err(|errno| Failure::new(format!("{shown} is shut down but cannot be detached: {errno}")))?;
     if is_ours {
-        // Metadata that the log has already, on its way to its place: it must not arrive there after others have written.
-        let device = device.to_owned();
-        let _ = force.call(FORCE_LIMIT, "dropping the disk's cache", move || {
-            open_lun(&device)
-                .and_then(|lun| lun.drop_page_cache().map_err(Failure::new))
-                .map_err(|e| e.to_string())
-        });
+        drop_cache(&mut force, device);
+    }
+    Ok(Down::ShutDown)
+}
+
+/// Drops metadata that the log has already, on its way to its place: it must not arrive there after others have written.
+fn drop_cache(calls: &mut Bounded, device: &Path) {
+    let device = device.to_owned();
+    let _ = calls.call(FORCE_LIMIT, "dropping the disk's cache", move || {
+        open_lun(&device)
+            .and_then(|lun| lun.drop_page_cache().map_err(Failure::new))
+            .map_err(|e| e.to_string())
+    });
+}
+
+/// Shuts the file system of the disk down where no mount of it can be reached from here, by one more mount of it.
+pub(super) fn shut_down(device: &Path, fs: &str, is_ours: bool) -> Result<(), Failure> {
+    let shown = device.display();
+    let flags = if is_ours { sys::SHUTDOWN_LOGFLUSH } else { sys::SHUTDOWN_NOLOGFLUSH };
+    let (path, kind) = (device.to_owned(), fs.to_owned());
+    let mut force = Bounded::default();
+    force.call(FORCE_LIMIT, &format!("shutting the file system on {shown} down"), move || {
+        let root = mount_apart(&path, &kind)
+            .map_err(|errno| format!("{} cannot be reached to be shut down: {errno}", path.display()))?;
+        sys::fs_shutdown(&root, flags).map_err(|error| error.to_string())
+    })?;
+    if is_ours {
+        drop_cache(&mut force, device);
     }
     Ok(())
+}
+
+/// The root directory of a mount that is nowhere in the tree, so that no namespace gets it and it ends with its file.
+/// The kernel gives one super block to all mounts of a device.
+fn mount_apart(device: &Path, fs: &str) -> rustix::io::Result<OwnedFd> {
+    let attempt = |read_only: bool| {
+        let config = fsopen(fs, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&config, "source", device)?;
+        if read_only {
+            fsconfig_set_flag(&config, "ro")?;
+        }
+        fsconfig_create(&config)?;
+        fsmount(&config, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())
+    };
+    // Busy when the one that is there is read-only.
+    let mount = match attempt(false) {
+        Err(Errno::BUSY | Errno::ROFS | Errno::ACCESS) => attempt(true)?,
+        other => other?,
+    };
+    openat(&mount, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// A look at the disk itself, past every cache, and at the directory.

@@ -1,6 +1,7 @@
 //! Who keeps a file system busy: processes with a file, a directory, a program or a mapping on it, and mounts in it.
 
 use crate::types::mounts;
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -34,6 +35,31 @@ pub(super) fn describe(point: &Path) -> String {
         (false, 0) => found.join(", "),
         (false, more) => format!("{} and {more} more", found.join(", ")),
     }
+}
+
+/// Where a device is mounted, by this process and in other namespaces of mounts; for a message. `None` when nowhere.
+pub(super) fn mounts_of(number: &str) -> Option<String> {
+    let points = |process: &Path| -> Vec<String> {
+        let mounts = mounts::of(&process.join("mountinfo")).unwrap_or_default().into_iter();
+        mounts.filter(|mount| mount.device == number).map(|mount| mount.point.display().to_string()).collect()
+    };
+    let own = Path::new("/proc/thread-self");
+    let mut found: Vec<String> =
+        points(own).iter().map(|point| format!("it is mounted at {point}")).collect();
+    let namespace = |process: &Path| fs::read_link(process.join("ns/mnt")).ok();
+    let mut seen = HashSet::from([namespace(own)]);
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let process = entry.path();
+        if !name.bytes().all(|byte| byte.is_ascii_digit()) || !seen.insert(namespace(&process)) {
+            continue;
+        }
+        let program = fs::read_to_string(process.join("comm")).unwrap_or_default();
+        let place = format!("in the namespace of {} (pid {name})", program.trim());
+        found.extend(points(&process).iter().map(|point| format!("it is mounted at {point} {place}")));
+    }
+    found.truncate(NAMES_MAX);
+    (!found.is_empty()).then(|| found.join(", "))
 }
 
 /// What of the file system a process uses.

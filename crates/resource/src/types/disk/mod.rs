@@ -3,7 +3,8 @@
 //! Safety is the reservation's (`reserve`): online takes the disk by PREEMPT AND ABORT before anything is read to be
 //! changed, so whatever a former owner still has mounted cannot write any more. A thread keeps looking at the reservation and tells
 //! at once when it is lost. After `terminate` nothing of this node writes: the file system is shut down where it cannot be
-//! unmounted, and the registration is given up, which the next owner's reservation turns into a wall.
+//! unmounted, or where another mount of it is left (a bind mount, another namespace), and the registration is given up, which
+//! the next owner's reservation turns into a wall. `offline` keeps the disk while there is such a mount.
 //!
 //! What outlives a host: mount and reservation. Both are noted before they are made. A host that finds them both takes them
 //! over; one that finds less reports it, and `terminate` clears away what is left.
@@ -15,9 +16,11 @@ mod reserve;
 #[cfg(test)]
 mod tests;
 
+use super::keep;
 use super::run::Bounded;
 use super::settings::{flag, optional, required, text, words};
 use crate::api::{Context, EventLevel, Failure, Form, Resource, ResourceType, Spec, TypeInfo};
+use device::Down;
 use reserve::{Claim, Keeper};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -99,7 +102,6 @@ impl ResourceType for PhysicalDisk {
         Ok(Box::new(Disk {
             device: owned("device"),
             fs: owned("fs"),
-            // As mountinfo will have it.
             mount: Path::new(&mount).components().collect(),
             options: owned("options"),
             check: text(&spec.properties, "check").unwrap_or("auto").to_owned(),
@@ -119,6 +121,7 @@ struct Saved {
     device: PathBuf,
     /// `major:minor`.
     number: String,
+    /// As mountinfo has it: without symbolic links.
     mount: PathBuf,
     /// `None` without reservations.
     key: Option<u64>,
@@ -169,8 +172,9 @@ impl Disk {
         Ok(saved)
     }
 
-    fn bring_up(&mut self, device: &Path, key: Option<u64>) -> Result<(), Failure> {
-        if let Some(key) = key {
+    fn bring_up(&mut self, saved: &Saved) -> Result<(), Failure> {
+        let device = &saved.device;
+        if let Some(key) = saved.key {
             self.context.progress(&format!("reserving {}", device.display()));
             let claim = self.claim(device.to_owned(), key);
             claim.take(&self.context)?;
@@ -178,7 +182,7 @@ impl Disk {
         }
         device::forget_cache(device)?;
         device::check(&self.context, device, &self.fs, &self.check)?;
-        device::mount(&self.context, device, &self.fs, &self.mount, &self.options)
+        device::mount(&self.context, device, &self.fs, &saved.number, &saved.mount, &self.options)
     }
 
     /// May this node still write to it?
@@ -192,6 +196,26 @@ impl Disk {
                 self.calls.call(device::LOOK_LIMIT, "looking at the reservation", look) == Ok(true)
             }
         }
+    }
+
+    /// Nothing of this node writes to the disk any more, through whichever mount.
+    fn end_use(&mut self, saved: &Saved, is_mounted: bool, is_ours: bool) -> Result<(), Failure> {
+        let (device, mount) = (&saved.device, &saved.mount);
+        if is_mounted && device::take_down(&mut self.calls, device, mount, is_ours)? == Down::ShutDown {
+            return Ok(());
+        }
+        // By calls of their own: an earlier one may hang.
+        let Some(user) = device::used_by(&mut Bounded::default(), device, &saved.number)? else {
+            return Ok(());
+        };
+        let shown = device.display();
+        device::shut_down(device, &self.fs, is_ours)
+            .map_err(|error| Failure::new(format!("the disk {shown} is still in use: {user}; {error}")))?;
+        let text = format!(
+            "the disk {shown} was still in use: {user}; its file system was shut down, and whatever uses it there gets errors"
+        );
+        self.context.event(EventLevel::Warning, &text);
+        Ok(())
     }
 
     fn give_back(&self, saved: &Saved) -> Result<(), Failure> {
@@ -226,9 +250,10 @@ impl Resource for Disk {
         let number = device::number(&device)
             .map_err(|error| Failure::new(format!("{}: {error}", device.display())))?;
         let key = self.reserved.then(|| key::own(self.context.node(), self.generation));
-        let saved = Saved { device: device.clone(), number, mount: self.mount.clone(), key };
-        self.context.save(serde_json::to_value(saved).ok());
-        self.bring_up(&device, key)
+        let mount = device::make_point(&self.mount)?;
+        let saved = Saved { device, number, mount, key };
+        keep(&self.context, &saved)?;
+        self.bring_up(&saved)
     }
 
     fn offline(&mut self) -> Result<(), Failure> {
@@ -236,9 +261,17 @@ impl Resource for Disk {
         if device::mounted(&saved.number, &saved.mount)?.is_some() {
             device::unmount(&self.context, &mut self.calls, &saved.mount)?;
         }
+        // Whatever else has the file system mounted would write on after the disk was given back.
+        if let Some(user) = device::used_by(&mut self.calls, &saved.device, &saved.number)? {
+            let shown = saved.device.display();
+            return Err(Failure::new(format!(
+                "the disk {shown} is still in use on this node and is not given back: {user}; end that (umount, or end \
+                 the programs) and take this resource offline again"
+            )));
+        }
         self.keeper = None;
         self.give_back(&saved)?;
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 
@@ -248,9 +281,7 @@ impl Resource for Disk {
         self.keeper = None;
         let is_mounted = device::mounted(&saved.number, &saved.mount)?.is_some();
         let mut left = Vec::new();
-        if is_mounted
-            && let Err(error) = device::take_down(&mut self.calls, &saved.device, &saved.mount, is_ours)
-        {
+        if let Err(error) = self.end_use(&saved, is_mounted, is_ours) {
             if saved.key.is_none() {
                 return Err(error);
             }
@@ -262,7 +293,7 @@ impl Resource for Disk {
             let text = format!("{} was not let go in order: {error}", saved.device.display());
             self.context.event(EventLevel::Warning, &text);
         }
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 

@@ -297,3 +297,149 @@ fn a_file_system_that_has_gone_read_only_is_not_alive() {
     resource.is_alive().unwrap();
     resource.offline().unwrap();
 }
+
+/// A mount that is gone when dropped.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn bind(from: &Path, to: PathBuf) -> Mounted {
+        fs::create_dir(&to).unwrap();
+        sh("mount", &["--bind", from.to_str().unwrap(), to.to_str().unwrap()]);
+        Mounted(to)
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_mount_point_behind_a_symbolic_link_is_followed_to_its_end() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    fs::create_dir(bed.dir().join("real")).unwrap();
+    std::os::unix::fs::symlink(bed.dir().join("real"), bed.dir().join("link")).unwrap();
+    let given = bed.dir().join("link/disk");
+    let real = bed.dir().join("real/disk");
+    let number = device::number(Path::new(&lun.devices[0])).unwrap();
+    let mounted = || device::mounted(&number, &real).unwrap().is_some();
+    let mut resource = disk(&bed, 1, &[("mount", given.to_str().unwrap())]);
+    resource.online().unwrap();
+    assert!(mounted());
+    resource.looks_alive().unwrap();
+    resource.is_alive().unwrap();
+    resource.offline().unwrap();
+    assert!(!mounted());
+    resource.online().unwrap();
+    resource.terminate().unwrap();
+    assert!(!mounted());
+    assert_eq!(csv_lun::is_mounted(Path::new(&lun.devices[0])).unwrap(), None);
+}
+
+#[test]
+fn a_disk_with_another_mount_of_it_is_kept_and_shut_down_by_terminate() {
+    let Some(lun) = Lun::ext4() else { return };
+    let (bed, other) = (lun.node(1), lun.node(2));
+    let mut resource = disk(&bed, 1, &[]);
+    resource.online().unwrap();
+    let bound = Mounted::bind(&point(&bed), bed.dir().join("bound"));
+    let mut file = File::create(bound.0.join("file")).unwrap();
+    file.write_all(b"before").unwrap();
+    let error = resource.offline().unwrap_err();
+    assert!(error.to_string().contains(bound.0.to_str().unwrap()), "{error}");
+    let claim = Claim {
+        device: PathBuf::from(&lun.devices[0]),
+        key: key::own(bed.node(), 1),
+        generation: 1,
+        break_foreign: false,
+    };
+    assert!(claim.is_held().unwrap());
+    // The bind mount can be written, and no other mount is left to reach it by.
+    file.write_all(b" and after").and_then(|()| file.sync_all()).unwrap();
+    resource.terminate().unwrap();
+    assert!(bed.events().iter().any(|event| event.contains("was shut down")), "{:?}", bed.events());
+    assert!(!claim.is_held().unwrap());
+    assert!(file.write_all(b" late").and_then(|()| file.sync_all()).is_err());
+    let mut next = disk(&other, 2, &[]);
+    next.online().unwrap();
+    assert_eq!(fs::read_to_string(point(&other).join("file")).unwrap(), "before and after");
+    next.is_alive().unwrap();
+    next.offline().unwrap();
+}
+
+#[test]
+fn another_mount_of_xfs_or_of_a_read_only_disk_is_shut_down_as_well() {
+    for (mkfs, more) in [
+        (&["mkfs.xfs", "-q"][..], &[("fs", "xfs")][..]),
+        (&["mkfs.ext4", "-q", "-F"][..], &[("options", "ro")][..]),
+    ] {
+        let Some(lun) = Lun::new(mkfs, 320) else { return };
+        let bed = lun.node(1);
+        let mut resource = disk(&bed, 1, more);
+        resource.online().unwrap();
+        let bound = Mounted::bind(&point(&bed), bed.dir().join("bound"));
+        assert!(resource.offline().is_err());
+        resource.terminate().unwrap();
+        assert!(bed.events().iter().any(|event| event.contains("was shut down")), "{:?}", bed.events());
+        assert!(File::create(bound.0.join("file")).is_err());
+    }
+}
+
+#[test]
+fn a_disk_that_is_mounted_in_another_namespace_counts_as_used() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    let mut resource = disk(&bed, 1, &[]);
+    resource.online().unwrap();
+    let path = point(&bed).join("file");
+    // The disks of other tests are not to be held by it.
+    let script = format!(
+        "while read -r device at rest; do case $device in /dev/loop*) [ $at = {} ] || umount -l $at;; esac; done \
+         </proc/self/mounts; echo in >{}; exec sleep 1000",
+        point(&bed).display(),
+        path.display()
+    );
+    let args = ["--mount", "--propagation", "private", "sh", "-c", &script];
+    let apart = Process(Command::new("unshare").args(args).spawn().unwrap());
+    while !path.exists() {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let error = resource.offline().unwrap_err();
+    assert!(error.to_string().contains(&format!("(pid {})", apart.0.id())), "{error}");
+    let within = PathBuf::from(format!("/proc/{}/root{}", apart.0.id(), path.display()));
+    fs::write(&within, "still").unwrap();
+    resource.terminate().unwrap();
+    let late = File::create(&within).and_then(|mut file| file.write_all(b"late"));
+    assert!(late.is_err());
+}
+
+#[test]
+fn a_disk_with_a_mount_over_it_is_not_given_up() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    let mut resource = disk(&bed, 1, &[("reservations", "off")]);
+    resource.online().unwrap();
+    let mut file = File::create(point(&bed).join("file")).unwrap();
+    sh("mount", &["-t", "tmpfs", "over", point(&bed).to_str().unwrap()]);
+    let over = Mounted(point(&bed));
+    assert!(resource.offline().is_err());
+    resource.terminate().unwrap();
+    assert!(file.write_all(b"late").and_then(|()| file.sync_all()).is_err());
+    drop(over);
+}
+
+#[test]
+fn a_disk_is_not_taken_when_that_cannot_be_kept() {
+    let Some(lun) = Lun::ext4() else { return };
+    let bed = lun.node(1);
+    bed.set_full(true);
+    let mut resource = disk(&bed, 1, &[]);
+    let error = resource.online().unwrap_err();
+    assert!(error.to_string().contains("could not be kept"), "{error}");
+    let device = PathBuf::from(&lun.devices[0]);
+    let claim = Claim { device, key: key::own(bed.node(), 1), generation: 1, break_foreign: false };
+    assert!(!claim.is_held().unwrap());
+    assert_eq!(csv_lun::is_mounted(&claim.device).unwrap(), None);
+}

@@ -14,6 +14,7 @@ mod packet;
 #[cfg(test)]
 mod tests;
 
+use super::keep;
 use super::run::{Program, pause};
 use super::settings::{flag, number, optional, required, text};
 use crate::api::{
@@ -314,7 +315,7 @@ impl Address {
                 )));
             }
         }
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 }
@@ -349,7 +350,7 @@ impl Resource for Address {
         }
         self.refuse_duplicate(&interface, self.arp_count, true)?;
         let saved = Saved { interface: interface.name.clone(), addr: self.addr, prefix: self.prefix };
-        self.context.save(serde_json::to_value(saved).ok());
+        keep(&self.context, &saved)?;
         self.add(&interface.name)?;
         if let (IpAddr::V6(addr), true) = (self.addr, self.duplicate_check)
             && let Err(error) = self.await_detection(&interface, addr)

@@ -15,6 +15,7 @@ mod records;
 #[cfg(test)]
 mod tests;
 
+use super::keep;
 use super::settings::{flag, number, text};
 use crate::api::{Context, EventLevel, Failure, Resource, ResourceType, Spec, TypeInfo};
 use client::{Client, DnsError};
@@ -115,8 +116,8 @@ impl Registered {
         serde_json::from_value(self.context.saved()?).ok()
     }
 
-    fn keep(&self, registered_s: Option<u64>) {
-        self.context.save(serde_json::to_value(Saved { registered_s }).ok());
+    fn keep(&self, registered_s: Option<u64>) -> Result<(), Failure> {
+        keep(&self.context, &Saved { registered_s })
     }
 
     fn name(&self) -> &Name {
@@ -147,8 +148,11 @@ impl Registered {
 
     fn register(&mut self) -> Result<(), DnsError> {
         self.update()?;
-        self.keep(Some(now_s()));
         self.warned = None;
+        if let Err(failure) = self.keep(Some(now_s())) {
+            // That it is online is kept already; it is registered again sooner than it had to be.
+            self.warn(failure.to_string());
+        }
         if self.reverse {
             for addr in self.registration.addresses.clone() {
                 if let Err(error) = self.register_reverse(addr) {
@@ -261,7 +265,7 @@ impl Resource for Registered {
     }
 
     fn online(&mut self) -> Result<(), Failure> {
-        self.keep(None);
+        self.keep(None)?;
         let result = self.register();
         self.judge(result)
     }
@@ -273,12 +277,12 @@ impl Resource for Registered {
             // The name has no part in whether the group may move.
             self.context.event(EventLevel::Warning, &failure.to_string());
         }
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 
     fn terminate(&mut self) -> Result<(), Failure> {
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 

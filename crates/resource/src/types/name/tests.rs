@@ -185,7 +185,7 @@ fn it_is_registered_again_by_the_clock() {
     let bed = Bed::new();
     named.name(&bed, &[]).online().unwrap();
     let long_ago = now_s() - 24 * 3600;
-    bed.context().save(Some(serde_json::json!({ "registered_s": long_ago })));
+    bed.context().save(Some(serde_json::json!({ "registered_s": long_ago }))).unwrap();
     let mut adopted = named.name(&bed, &[]);
     adopted.adopt().unwrap();
     adopted.is_alive().unwrap();

@@ -15,9 +15,9 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use super::mounts;
 use super::run::{Bounded, Program};
 use super::settings::{flag, number, of_dependencies, optional, path, required, text, words};
+use super::{keep, mounts};
 use crate::api::{
     Context, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo, address_with_prefix,
 };
@@ -297,14 +297,14 @@ impl Resource for Share {
 
     fn online(&mut self) -> Result<(), Failure> {
         self.directory()?;
-        self.context.save(Some(serde_json::json!({ "share": self.name() })));
+        keep(&self.context, &serde_json::json!({ "share": self.name() }))?;
         let part = conf::share(&self.spec.properties, self.place);
         self.server.add(&self.context, &self.spec.name, self.name(), &part)
     }
 
     fn offline(&mut self) -> Result<(), Failure> {
         self.server.remove(&self.context, &self.spec.name, self.name())?;
-        self.context.save(None);
+        self.context.forget();
         Ok(())
     }
 

@@ -50,6 +50,7 @@ pub(crate) enum OfflineAction {
 #[derive(Debug, Clone)]
 pub(crate) struct Config {
     pub(crate) disks: Vec<Disk>,
+    pub(crate) allow_block_devices: bool,
     pub(crate) memory_mib: u64,
     pub(crate) cpus: u64,
     pub(crate) machine: String,
@@ -92,6 +93,7 @@ impl Config {
         }
         let config = Config {
             disks,
+            allow_block_devices: flag(properties, "allow_block_devices", false),
             nics,
             memory_mib: number(properties, "memory_mib", 1024),
             cpus: number(properties, "cpus", 1),

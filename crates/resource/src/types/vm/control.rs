@@ -43,12 +43,19 @@ impl Machine {
             "status" => self.tell_status(),
             "paths" => Ok(self.tell_paths()),
             "pause" => self.button("stop", "paused by an administrator"),
-            "resume" => self.button("cont", "resumed by an administrator"),
+            "resume" => {
+                self.online_running()?;
+                self.unsave()?;
+                self.button("cont", "resumed by an administrator")
+            }
             "reset" => self.button("system_reset", "reset by an administrator"),
             "powerdown" => self.button("system_powerdown", "power button pressed by an administrator"),
             "start" => {
-                if self.running.is_some() {
-                    return Err(Failure::new("the guest is not off"));
+                // It may have shut itself down since the last look.
+                let _ = crate::api::Resource::looks_alive(self);
+                // Any other machine that does not run is offline, and perhaps online elsewhere.
+                if !self.off {
+                    return Err(Failure::new("the guest has not shut itself down; use csvctl vm start"));
                 }
                 crate::api::Resource::online(self)?;
                 Ok(json!({}))

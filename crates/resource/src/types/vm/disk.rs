@@ -95,11 +95,12 @@ impl Disk {
         Ok(disk)
     }
 
-    /// Is the image there, and is it what the property says? May hang with its storage.
+    /// Is the image there, and is it what the property says? May hang with its storage. A block device that can be written is
+    /// refused unless that is allowed: its lock is on the node's own file in /dev.
     ///
     /// # Errors
     /// `NotHere` for what another node may have, `Config` for an image of another format.
-    pub(crate) fn probe(&self) -> Result<(), Failure> {
+    pub(crate) fn probe(&self, allow_block_devices: bool) -> Result<(), Failure> {
         let path = self.path.display();
         let meta = std::fs::metadata(&self.path).map_err(|error| {
             Failure::NotHere(format!(
@@ -109,6 +110,14 @@ impl Disk {
         let block = meta.file_type().is_block_device();
         if !meta.is_file() && !block {
             return Err(Failure::Config(format!("{path} is neither a file nor a block device")));
+        }
+        if block && !self.readonly && !allow_block_devices {
+            // Not even opened.
+            return Err(Failure::Config(format!(
+                "{path} is a block device, on which QEMU's locks count on one node only: nothing but the cluster would keep two \
+                 machines, or a node that was frozen, from writing it; put an image on a cluster volume, give readonly=on, or \
+                 accept that by allow_block_devices=true"
+            )));
         }
         let mut file =
             File::options().read(true).write(!self.readonly).open(&self.path).map_err(|error| {
@@ -190,15 +199,36 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x");
         let disk = |format| Disk { path: path.clone(), format, bus: Bus::Virtio, readonly: false };
-        assert!(matches!(disk(Format::Raw).probe(), Err(Failure::NotHere(_))));
+        assert!(matches!(disk(Format::Raw).probe(false), Err(Failure::NotHere(_))));
         std::fs::write(&path, b"").unwrap();
-        assert!(matches!(disk(Format::Raw).probe(), Err(Failure::Config(_))));
+        assert!(matches!(disk(Format::Raw).probe(false), Err(Failure::Config(_))));
         std::fs::write(&path, b"ab").unwrap();
-        assert_eq!(disk(Format::Raw).probe(), Ok(()));
-        assert!(matches!(disk(Format::Qcow2).probe(), Err(Failure::Config(_))));
+        assert_eq!(disk(Format::Raw).probe(false), Ok(()));
+        assert!(matches!(disk(Format::Qcow2).probe(false), Err(Failure::Config(_))));
         std::fs::write(&path, b"QFI\xfb and more").unwrap();
-        assert_eq!(disk(Format::Qcow2).probe(), Ok(()));
-        assert!(matches!(disk(Format::Raw).probe(), Err(Failure::Config(_))));
+        assert_eq!(disk(Format::Qcow2).probe(false), Ok(()));
+        assert!(matches!(disk(Format::Raw).probe(false), Err(Failure::Config(_))));
+    }
+
+    #[test]
+    fn a_block_device_that_can_be_written_must_be_allowed() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("x");
+        File::create(&file).unwrap().set_len(1 << 20).unwrap();
+        let device = crate::types::testbed::sh("losetup", &["--find", "--show", file.to_str().unwrap()]);
+        let device = device.trim();
+        let probe = |readonly, allowed| {
+            let disk = Disk { path: device.into(), format: Format::Raw, bus: Bus::Virtio, readonly };
+            disk.probe(allowed)
+        };
+        let results = [probe(false, false), probe(true, false), probe(false, true)];
+        crate::types::testbed::sh("losetup", &["--detach", device]);
+        let refused = |text: &str| text.contains("readonly=on") && text.contains("allow_block_devices=true");
+        assert!(matches!(&results[0], Err(Failure::Config(text)) if refused(text)), "{results:?}");
+        assert_eq!(results[1..], [Ok(()), Ok(())]);
     }
 
     #[test]

@@ -7,9 +7,10 @@ use super::monitor::Monitor;
 use super::nic::{self, Link};
 use super::preflight;
 use super::process::{Process, leftovers, log_tail};
-use super::running::{Phase, Running, tidy};
+use super::running::{Halted, Phase, Running, tidy};
 use super::watch::Watch;
 use crate::api::{Context, EventLevel, Failure, Resource, Spec};
+use crate::types::keep;
 use crate::types::run::Bounded;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -52,7 +53,7 @@ pub(crate) struct Machine {
     /// How the next offline ends the guest, if it was told.
     pub(crate) next_offline: Option<OfflineAction>,
     /// The guest shut itself down and stays off.
-    off: bool,
+    pub(crate) off: bool,
     heartbeat: Heartbeat,
     hanging: Bounded,
 }
@@ -80,14 +81,21 @@ impl Machine {
     }
 
     /// Keeps what a next host needs.
-    pub(crate) fn remember(&self) {
+    pub(crate) fn remember(&self) -> Result<(), Failure> {
         let saved = self.running.as_ref().map(|running| Saved {
             pid: running.process.pid(),
             start_ticks: running.process.start_ticks(),
             hardware: running.hardware.clone(),
             phase: running.phase,
         });
-        self.context.save(saved.and_then(|saved| serde_json::to_value(saved).ok()));
+        saved.map_or_else(|| self.context.save(None), |saved| keep(&self.context, &saved))
+    }
+
+    /// Keeps a new phase. That its QEMU is here is kept already, so a failure is only told.
+    fn remember_phase(&self) {
+        if let Err(failure) = self.remember() {
+            self.context.event(EventLevel::Error, &failure.to_string());
+        }
     }
 
     pub(crate) fn enter(&mut self, phase: Phase) {
@@ -95,7 +103,7 @@ impl Machine {
             running.enter(phase);
             running.watch.quiet(phase != Phase::Running);
         }
-        self.remember();
+        self.remember_phase();
     }
 
     fn new_watch(&self) -> Arc<Watch> {
@@ -120,14 +128,17 @@ impl Machine {
         tidy(&self.place);
         let node = self.context.node();
         let args = command::arguments(&self.config, node, &self.name, &self.place, &hardware, start)?;
-        let process = Arc::new(Process::spawn(&self.config.qemu, &args, &self.place.log())?);
-        let saved = Saved {
-            pid: process.pid(),
-            start_ticks: process.start_ticks(),
-            hardware: hardware.clone(),
-            phase: Phase::Starting,
-        };
-        self.context.save(serde_json::to_value(saved).ok());
+        let mut saved = Saved { pid: 0, start_ticks: 0, hardware: hardware.clone(), phase: Phase::Starting };
+        // Before there is a process: from here on a next host looks for one, by its command line.
+        keep(&self.context, &saved)?;
+        let process = Process::spawn(&self.config.qemu, &args, &self.place.log());
+        let process = Arc::new(process.inspect_err(|_| self.context.forget())?);
+        (saved.pid, saved.start_ticks) = (process.pid(), process.start_ticks());
+        if let Err(failure) = keep(&self.context, &saved) {
+            process.kill()?;
+            self.context.forget();
+            return Err(failure);
+        }
         let connected = self.connect(&process, START_LIMIT);
         let (monitor, watch) = connected.map_err(|error| {
             // It closes its monitor just before it ends.
@@ -135,7 +146,7 @@ impl Machine {
             let how = if ended { process.outcome() } else { error };
             match process.kill() {
                 Ok(()) => {
-                    self.context.save(None);
+                    self.context.forget();
                     preflight::explain(&log_tail(&self.place.log()), &how)
                 }
                 Err(failure) => failure,
@@ -149,7 +160,7 @@ impl Machine {
             kind.trim_end_matches("-machine").clone_into(&mut running.hardware.machine);
         }
         self.running = Some(running);
-        self.remember();
+        self.remember_phase();
         self.attach_cards().inspect_err(|_| drop(self.end()))
     }
 
@@ -166,8 +177,8 @@ impl Machine {
     }
 
     /// Lets the guest of a started QEMU run; from here on the machine is online.
-    pub(crate) fn go(&mut self) -> Result<(), Failure> {
-        self.running()?.resume()?;
+    pub(crate) fn go(&mut self) -> Result<(), Halted> {
+        self.running().map_err(|failure| Halted { failure, surely: true })?.resume()?;
         self.heartbeat.begin_anew();
         self.next_offline = None;
         self.enter(Phase::Running);
@@ -188,7 +199,7 @@ impl Machine {
         self.running = None;
         (self.off, self.next_offline) = (false, None);
         tidy(&self.place);
-        self.context.save(None);
+        self.context.forget();
     }
 
     /// Ends what hosts have left that died before they could keep what they started.
@@ -226,8 +237,7 @@ impl Machine {
             }
             (Phase::Incoming, _) => not_arrived(),
             (Phase::Migrated, Ok("postmigrate" | "paused")) => {
-                self.context.event(EventLevel::Info, "the guest that was sent away is taken back");
-                self.go()?;
+                self.take_back()?;
                 return Ok(true);
             }
             (Phase::Starting | Phase::Migrated | Phase::Off | Phase::Running, _) => {}
@@ -241,8 +251,9 @@ impl Machine {
         let limit = self.config.shutdown_timeout;
         let running = self.running()?;
         running.watch.quiet(true);
-        if matches!(running.status()?.as_str(), "paused" | "io-error" | "suspended") {
+        if matches!(running.status()?.as_str(), "paused" | "io-error" | "suspended" | "postmigrate") {
             // A guest that does not run hears no button. Storage that is still lost stops it again.
+            self.unsave()?;
             running.resume()?;
         }
         if self.config.guest_agent && self.heartbeat.has_answered() {
@@ -393,7 +404,7 @@ impl Resource for Machine {
         }
         running.watch.quiet(running.phase != Phase::Running);
         self.running = Some(running);
-        self.remember();
+        self.remember_phase();
         self.judge(&status)
     }
 
@@ -415,7 +426,7 @@ impl Resource for Machine {
         if gone.is_err() {
             self.end()?;
         }
-        gone
+        Ok(gone?)
     }
 
     fn offline(&mut self) -> Result<(), Failure> {
@@ -469,7 +480,7 @@ impl Resource for Machine {
             if let Some(running) = &mut self.running {
                 running.phase = Phase::Off;
             }
-            self.remember();
+            self.remember_phase();
             self.running = None;
             return Ok(());
         }

@@ -247,8 +247,10 @@ impl Machine {
             return Err(Failure::new("the guest has not been sent away from this node"));
         }
         self.context.event(EventLevel::Info, "the guest that was sent away is taken back");
+        // A guest that was saved to its end counts as sent away, too, when the host died then.
+        let back = self.unsave().and_then(|()| Ok(self.go()?));
         // One that cannot go on here goes on nowhere: it is not to stand still until somebody looks.
-        self.go().inspect_err(|failure| {
+        back.inspect_err(|failure| {
             self.context.report(Err(format!("the guest that was sent away cannot be taken back: {failure}")));
         })
     }

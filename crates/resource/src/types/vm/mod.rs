@@ -16,7 +16,9 @@
 //! * **Nothing runs before all is well.** QEMU starts stopped; its guest runs once the images are open and locked, cards are on
 //!   their bridges and the monitor answers. What goes wrong before is an error of `online` with QEMU's last words.
 //! * **Images** are used past the page cache, with QEMU's locks on (byte-range locks, which csvfs has between all nodes):
-//!   two QEMUs never write one image, whatever the cluster believes. An image's format is never guessed.
+//!   two QEMUs never write one image, whatever the cluster believes. That is not so for a block device, where the lock is on the
+//!   node's own file in /dev: one that can be written is refused unless `allow_block_devices` accepts that only the cluster keeps
+//!   two nodes from writing it. An image's format is never guessed.
 //! * **An end of QEMU, or a panic of the guest, is reported at once**, not at the next look.
 //! * **A guest that shuts itself down** has failed, with the text "the guest shut itself down", so that the restart policy starts
 //!   it again; with `on_guest_shutdown=stay` it stays off, the resource being online, until `offline` or the verb `start`. A

@@ -30,9 +30,10 @@ pub(crate) fn check(
     }
     memory(config.memory_mib, available_mib(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()))?;
     let (disks, files) = (config.disks.clone(), firmware::find(config)?);
+    let allow_block_devices = config.allow_block_devices;
     hanging.long(context, "looking at the machine's images", move || {
         let look = || {
-            disks.iter().try_for_each(super::disk::Disk::probe)?;
+            disks.iter().try_for_each(|disk| disk.probe(allow_block_devices))?;
             files.map_or(Ok(()), |files| files.prepare())
         };
         Ok(look())

@@ -31,8 +31,15 @@ fn hardware() -> Vec<Property> {
         several(
             "disk",
             None,
-            "disk, disk1, ..: PATH[,format=raw|qcow2][,bus=virtio|scsi|sata][,readonly=on]; PATH is an image or a block device, \
-             a comma in it is written twice; read-only on sata it is a CD; format by default qcow2 for a name that ends so, else raw",
+            "disk, disk1, ..: PATH[,format=raw|qcow2][,bus=virtio|scsi|sata][,readonly=on]; PATH is an image (on a cluster \
+             volume, where its lock counts on all nodes) or a block device (see allow_block_devices), a comma in it is written twice; read-only on sata it is a CD; format by default qcow2 for a name that ends so, else raw",
+        ),
+        optional(
+            "allow_block_devices",
+            Form::Bool,
+            Some("false"),
+            "lets a disk that can be written be a block device: QEMU's locks on it count on one node only, so nothing but the \
+             cluster keeps two machines, or a node that was frozen and goes on, from writing it at the same time",
         ),
         optional("memory_mib", number(16, 16 << 20), Some("1024"), "memory, in MiB; 64 KiB less without KVM"),
         optional("cpus", number(1, 512), Some("1"), "virtual processors"),

@@ -33,6 +33,21 @@ pub(crate) enum Phase {
     Off,
 }
 
+/// Why a guest was not let go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{failure}")]
+pub(crate) struct Halted {
+    pub(crate) failure: Failure,
+    /// QEMU refused, so that the guest has not run; else it may have.
+    pub(crate) surely: bool,
+}
+
+impl From<Halted> for Failure {
+    fn from(halted: Halted) -> Failure {
+        halted.failure
+    }
+}
+
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Running {
@@ -57,11 +72,15 @@ impl Running {
         arguments: Value,
         limit: Duration,
     ) -> Result<Value, Failure> {
-        self.monitor.call(command, arguments, limit).map_err(|error| match error {
+        self.monitor.call(command, arguments, limit).map_err(|error| self.in_words(command, &error))
+    }
+
+    fn in_words(&self, command: &str, error: &QmpError) -> Failure {
+        match error {
             QmpError::Refused(_) => Failure::new(format!("QEMU refused \"{command}\": {error}")),
             QmpError::Closed => Failure::Failed(self.ending().unwrap_or_else(|| error.to_string())),
             QmpError::Late { .. } => Failure::new(error),
-        })
+        }
     }
 
     /// How QEMU ended, after it has closed its monitor, which it does just before.
@@ -80,8 +99,12 @@ impl Running {
     }
 
     /// Lets the guest run.
-    pub(crate) fn resume(&self) -> Result<(), Failure> {
-        self.ask_within("cont", json!({}), SLOW).map(drop)
+    pub(crate) fn resume(&self) -> Result<(), Halted> {
+        self.monitor.call("cont", json!({}), SLOW).map(drop).map_err(|error| Halted {
+            // Any other error leaves open what QEMU did.
+            surely: matches!(error, QmpError::Refused(_)),
+            failure: self.in_words("cont", &error),
+        })
     }
 
     /// Stops the guest.
@@ -117,4 +140,53 @@ pub(crate) fn tidy(place: &Place) {
         let _ = std::fs::remove_file(path);
     }
     let _ = std::fs::remove_dir_all(place.tls());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::testbed::Bed;
+    use std::io::{BufRead, BufReader, Write};
+    use std::os::unix::net::UnixListener;
+
+    /// A double of QEMU that does this with `cont`: refuses it, or ends.
+    fn double(bed: &Bed, refuses: bool) -> Running {
+        let process = Process::spawn("sleep", &["1000".into()], &bed.dir().join("log")).unwrap();
+        let process = Arc::new(process);
+        let listener = UnixListener::bind(bed.dir().join("qmp")).unwrap();
+        let dies = Arc::clone(&process);
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            for line in BufReader::new(stream.try_clone().unwrap()).lines() {
+                let message: Value = serde_json::from_str(&line.unwrap()).unwrap();
+                let mut answer = json!({ "id": message["id"], "return": {} });
+                if message["execute"] == "cont" {
+                    if !refuses {
+                        dies.kill().unwrap();
+                        return;
+                    }
+                    answer = json!({ "id": message["id"], "error": { "desc": "no" } });
+                }
+                stream.write_all(format!("{answer}\n").as_bytes()).unwrap();
+            }
+        });
+        let watch = Arc::new(Watch::new(bed.context(), bed.dir().join("log"), false));
+        let hears = Arc::clone(&watch);
+        let tell = move |happening| hears.tell(happening);
+        let monitor = Monitor::connect(&bed.dir().join("qmp"), &process, QUICK, tell).unwrap();
+        let hardware = Hardware { machine: "q35".into(), accelerator: "tcg".into(), cpu: "max".into() };
+        let phase = Phase::Starting;
+        Running { monitor, process, watch, hardware, phase, phase_since: Instant::now() }
+    }
+
+    #[test]
+    fn only_a_refusal_says_that_the_guest_has_not_run() {
+        for refuses in [true, false] {
+            let bed = Bed::new();
+            let running = double(&bed, refuses);
+            let halted = running.resume().unwrap_err();
+            assert_eq!(halted.surely, refuses, "{halted}");
+            running.kill().unwrap();
+        }
+    }
 }

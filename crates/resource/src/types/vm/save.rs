@@ -9,7 +9,8 @@
 //! ```
 //!
 //! A state is used once: memory that is older than the disks would destroy the guest's file systems. So it loses its name
-//! before the guest runs. A crash between that and the guest running loses the state, as a power cut of the guest would;
+//! before the guest runs, and gets it back only when QEMU refused to let the guest run; a guest whose state could not be
+//! saved goes on only when no start can find that state. A crash between that and the guest running loses the state, as a power cut of the guest would;
 //! a crash while saving leaves the guest as a power cut would, and a `.part` that the next save overwrites.
 
 use super::command::{Hardware, Start};
@@ -60,7 +61,7 @@ impl Machine {
         }
     }
 
-    /// Saves the guest and ends its QEMU. On failure the guest goes on.
+    /// Saves the guest and ends its QEMU. On failure the guest goes on, unless its state may have been saved nevertheless.
     pub(crate) fn save(&mut self) -> Result<(), Failure> {
         let path = self.state_path().ok_or_else(|| {
             Failure::Config("there is no place to save the machine: it has no disk; give save_dir".into())
@@ -73,6 +74,9 @@ impl Machine {
         if let Err(failure) = result {
             let _ = fs::remove_file(with(&path, ".part"));
             running.watch.quiet(false);
+            if let Err(error) = self.unsave() {
+                return Err(Failure::new(format!("{failure}; {error}")));
+            }
             if was == "running"
                 && !running.process.has_ended()
                 && let Err(error) = running.resume()
@@ -83,6 +87,25 @@ impl Machine {
         }
         running.quit()?;
         self.forget();
+        Ok(())
+    }
+
+    /// Sees to it that no start goes on from a saved state, which a guest that runs on makes too old for its disks.
+    pub(crate) fn unsave(&self) -> Result<(), Failure> {
+        let Some(path) = self.state_path() else { return Ok(()) };
+        let removed = match fs::remove_file(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            // A removal that a crash undoes is none.
+            removed => removed.and_then(|()| sync_dir(&path)),
+        };
+        removed.map_err(|error| {
+            Failure::new(format!(
+                "the guest is kept paused, since a next start would go on from the saved state {}, which cannot be removed: \
+                 {error}; remove it, then let the guest go on (verb resume), or end it (verb kill, then offline)",
+                path.display()
+            ))
+        })?;
+        let _ = fs::remove_file(with(&path, ".json"));
         Ok(())
     }
 
@@ -162,10 +185,13 @@ impl Machine {
                 path.display()
             )));
         }
-        if let Err(failure) = self.go() {
+        if let Err(halted) = self.go() {
             self.end()?;
-            let _ = rename(&resumed, &path);
-            return Err(failure);
+            if halted.surely {
+                let _ = rename(&resumed, &path);
+            }
+            // Else the guest may have run, and written to its disks: the next start is a cold one.
+            return Err(halted.into());
         }
         let _ = fs::remove_file(&resumed);
         let _ = fs::remove_file(with(&path, ".json"));
