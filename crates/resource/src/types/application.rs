@@ -1,6 +1,6 @@
 //! `GenericApplication`: any program that runs in the foreground. Online is: it runs. It gets a session of its own and a
 //! mark in its environment, so that what it starts is found, and ended, with it, also what leaves the session and changes its
-//! environment (it is looked for at every look); its end is known at once by a pidfd.
+//! environment (it is looked for every 20 s, and when it is to end); its end is known at once by a pidfd.
 
 use super::{keep, launch, log, property, property_ms};
 use crate::api::{Context, EventLevel, Failure, Form, Property, Resource, ResourceType, Spec, TypeInfo};
@@ -15,12 +15,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Marks every process of a resource.
 const MARK: &str = "CSV_RESOURCE_ID";
 /// Between SIGTERM and SIGKILL by default.
 const STOP_TIMEOUT_MS: u64 = 20_000;
+/// Between two looks at what it has started, which cost more than the one at itself.
+const SEE_EVERY: Duration = Duration::from_secs(20);
 
 /// See the module's text.
 #[derive(Debug)]
@@ -78,7 +80,8 @@ impl ResourceType for GenericApplication {
         self.check(&spec.properties).map_err(Failure::Config)?;
         let node = context.node();
         let mark = format!("{MARK}={}/{}/{}", node.cluster_id, node.node, spec.name);
-        Ok(Box::new(Application { spec, context, mark, running: None, family: Vec::new() }))
+        let (running, family, seen) = (None, Vec::new(), None);
+        Ok(Box::new(Application { spec, context, mark, running, family, seen }))
     }
 }
 
@@ -91,6 +94,8 @@ struct Application {
     running: Option<Running>,
     /// What was seen of it last: its process, and what that had started.
     family: Vec<Identity>,
+    /// When that was.
+    seen: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -191,6 +196,7 @@ impl Application {
     fn see_family(&mut self) {
         let leader = self.running.as_ref().map(|running| running.identity);
         self.family = processes::family_by_lists(leader.into_iter().chain(std::mem::take(&mut self.family)));
+        self.seen = Some(Instant::now());
     }
 
     /// Ends what is left of it.
@@ -201,7 +207,7 @@ impl Application {
         let saved = self.context.saved().and_then(|saved| serde_json::from_value(saved).ok());
         let identity = self.running.as_ref().map(|running| running.identity).or(saved);
         processes::kill_all(identity, &self.mark, &self.family)?;
-        self.family.clear();
+        (self.family, self.seen) = (Vec::new(), None);
         self.running = None;
         self.context.forget();
         Ok(())
@@ -248,7 +254,9 @@ impl Resource for Application {
 
     fn looks_alive(&mut self) -> Result<(), Failure> {
         self.look()?;
-        self.see_family();
+        if self.seen.is_none_or(|at| at.elapsed() >= SEE_EVERY) {
+            self.see_family();
+        }
         Ok(())
     }
 
