@@ -267,6 +267,59 @@ fn failed_moves(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
     machine.console.check(1)
 }
 
+/// Both go, one after the other; the first stands still until the second is there. In the long form that takes longer than
+/// the minute after which a guest that was sent and goes on nowhere counts as lost.
+#[test]
+fn machines_of_one_group_move_together() -> anyhow::Result<()> {
+    let (lab, guest) = up("vmpair")?;
+    let groups = Groups::of(&lab, "n1");
+    groups.add("pair", &["--preferred", "n1"])?;
+    let machines = ["first", "second"].map(|name| -> anyhow::Result<Machine> {
+        let machine = Machine::make(&lab, &guest, "n1", name)?;
+        groups.add_resource(&NewResource { group: "pair".into(), ..resource(&machine) })?;
+        Ok(machine)
+    });
+    let machines: Vec<Machine> = machines.into_iter().collect::<anyhow::Result<_>>()?;
+    if csv_tests::full() {
+        groups.set("second", "migration_bandwidth_mib", Some("1"))?;
+    }
+    groups.online("pair")?;
+    groups.wait_online_at("pair", "n1", DEADLINE)?;
+    for machine in &machines {
+        machine.console.wait_boot(1, BOOT)?;
+        machine.console.wait_more(4, DEADLINE)?;
+    }
+    let began = Instant::now();
+    groups.move_to("pair", "n2", MoveKind::Live)?;
+    println!("two machines of one group moved after {} ms", began.elapsed().as_millis());
+    for machine in &machines {
+        machine.console.wait_more(4, DEADLINE)?;
+        machine.console.check(1)?;
+        let owner = groups.resource(machine.name())?.status;
+        ensure!(owner.state == ResourceState::Online, "{} is {owner:?}", machine.name());
+    }
+    // What one of them needs to go nowhere keeps both where they are.
+    groups.set("second", "migration_bandwidth_mib", Some("4"))?;
+    groups.start_move("pair", "n3", MoveKind::Live)?;
+    let waits = "pgrep -x vm-second";
+    wait::until("QEMU on n3", DEADLINE, || {
+        Ok(lab.exec("n3", &["sh", "-c", waits], DEADLINE)?.status.success().then_some(()))
+    })?;
+    lab.sh("n3", "pkill -KILL -x vm-second")?;
+    groups.wait("pair", "to stay", DEADLINE, |group| group.state == GroupState::Online)?;
+    ensure!(groups.owner("pair")? == "n2", "it is not where it was: {}", groups.describe("pair"));
+    for machine in &machines {
+        machine.console.wait_more(4, DEADLINE)?;
+        machine.console.check(1)?;
+    }
+    groups.offline("pair")?;
+    for machine in &machines {
+        let journal = machine.journal(&lab, "n1")?;
+        println!("{}: all {} synced lines are there", machine.name(), machine.check_durable(&journal)?);
+    }
+    lab.finish()
+}
+
 /// csvd of the target is another one when the guest has been sent: it goes on, on one side or the other.
 fn target_csvd_killed(lab: &Lab, machine: &Machine) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");

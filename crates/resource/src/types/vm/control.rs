@@ -46,7 +46,9 @@ impl Machine {
             "resume" => {
                 self.online_running()?;
                 self.unsave()?;
-                self.button("cont", "resumed by an administrator")
+                let resumed = self.button("cont", "resumed by an administrator")?;
+                self.kept_stopped = false;
+                Ok(resumed)
             }
             "reset" => self.button("system_reset", "reset by an administrator"),
             "powerdown" => self.button("system_powerdown", "power button pressed by an administrator"),

@@ -54,6 +54,8 @@ pub(crate) struct Machine {
     pub(crate) next_offline: Option<OfflineAction>,
     /// The guest shut itself down and stays off.
     pub(crate) off: bool,
+    /// Its state was saved, and cannot be removed: the guest stands still until that is mended.
+    pub(crate) kept_stopped: bool,
     heartbeat: Heartbeat,
     hanging: Bounded,
 }
@@ -68,6 +70,7 @@ impl Machine {
             running: None,
             next_offline: None,
             off: false,
+            kept_stopped: false,
             heartbeat: Heartbeat::default(),
             hanging: Bounded::default(),
         })
@@ -180,7 +183,7 @@ impl Machine {
     pub(crate) fn go(&mut self) -> Result<(), Halted> {
         self.running().map_err(|failure| Halted { failure, surely: true })?.resume()?;
         self.heartbeat.begin_anew();
-        self.next_offline = None;
+        (self.next_offline, self.kept_stopped) = (None, false);
         self.enter(Phase::Running);
         Ok(())
     }
@@ -197,7 +200,7 @@ impl Machine {
     /// QEMU has ended.
     pub(crate) fn forget(&mut self) {
         self.running = None;
-        (self.off, self.next_offline) = (false, None);
+        (self.off, self.next_offline, self.kept_stopped) = (false, None, false);
         tidy(&self.place);
         self.context.forget();
     }
@@ -297,7 +300,7 @@ impl Machine {
 
     /// Judges a guest by QEMU's word for its state.
     pub(crate) fn judge(&mut self, status: &str) -> Result<(), Failure> {
-        if status == "postmigrate" && self.running()?.phase == Phase::Running {
+        if status == "postmigrate" && self.running()?.phase == Phase::Running && !self.kept_stopped {
             // A host died while it sent the guest; QEMU has sent it to its end.
             self.enter(Phase::Migrated);
         }

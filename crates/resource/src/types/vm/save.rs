@@ -75,6 +75,7 @@ impl Machine {
             let _ = fs::remove_file(with(&path, ".part"));
             running.watch.quiet(false);
             if let Err(error) = self.unsave() {
+                self.kept_stopped = true;
                 return Err(Failure::new(format!("{failure}; {error}")));
             }
             if was == "running"
