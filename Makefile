@@ -58,9 +58,9 @@ check: deps
 # csv-tests holds the end-to-end suites; everything else is a unit test. CSV_TEST_FULL=1 runs the long ones whole.
 test-unit: deps
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
-		$(CARGO) nextest run --workspace --exclude csv-tests; \
+		$(CARGO) nextest run --workspace --exclude csv-tests --no-fail-fast; \
 	else \
-		$(CARGO) test --workspace --exclude csv-tests --lib --bins --tests; \
+		$(CARGO) test --workspace --exclude csv-tests --lib --bins --tests --no-fail-fast; \
 	fi
 
 test-e2e: build

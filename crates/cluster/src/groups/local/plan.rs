@@ -83,14 +83,16 @@ impl LocalGroup {
         })
     }
 
-    /// Does one that stays have nothing but this one to stand on, until it is known whether its alternatives are there?
+    /// Does one that stays, or comes up, have nothing but this one to stand on, until it is known whether its alternatives are there?
     fn stands_on(&self, name: &str, kept: &Kept) -> bool {
         let known = |on: &str| {
             let asked = |unit: &Unit| matches!(unit.presence, Presence::Asked { .. });
             on != name && kept.contains(on) && !self.units.get(on).is_some_and(asked)
         };
-        let others = kept.iter().filter_map(|other| self.units.get(other));
-        others.into_iter().any(|other| other.needs.contains(name) && !other.expr.holds(&known))
+        // One whose start is under way may be online already, and its host's word on the way.
+        let stands = |other: &str, unit: &Unit| kept.contains(other) || self.rises(unit, kept);
+        let mut others = self.units.iter().filter(|(other, unit)| stands(other, unit));
+        others.any(|(_, other)| other.needs.contains(name) && !other.expr.holds(&known))
     }
 
     /// Is it online for certain, and stays so?

@@ -66,6 +66,36 @@ fn taking_one_offline_takes_its_dependents_first_but_not_those_with_another_way(
 }
 
 #[test]
+fn what_a_start_stands_on_stays_until_it_is_known_whether_its_alternative_is_there() {
+    let mut world = World::new(&[("b", ""), ("c", ""), ("d", "b or c")]);
+    for name in ["b", "c"] {
+        world.resource(name).status.state = ResourceState::Online;
+        world.thing(name).alive = Alive::Yes;
+    }
+    world.held.insert("c".into());
+    world.held.insert("d".into());
+    world.configure();
+    world.obey();
+    world.done("d");
+    world.done("d");
+    assert_eq!(world.did(), "adopt b, adopt c, adopt d, terminate d, online d");
+    // Its host has brought d online, and nobody has heard of it yet.
+    world.execute("d", true, true);
+    world.resource("b").want_online = false;
+    world.configure();
+    assert_eq!(world.did(), "");
+    // c was not there after all: d goes before b does.
+    world.thing("c").alive = Alive::No;
+    world.held.clear();
+    world.obey();
+    let did = world.did();
+    let at = |word: &str| did.find(word).unwrap_or_else(|| panic!("{word} is not in {did}"));
+    assert!(at("offline d") < at("offline b"), "{did}");
+    world.pass(1_000);
+    assert_eq!(world.shown("d").0, ResourceState::Online);
+}
+
+#[test]
 fn release_goes_backwards_and_closes_everything() {
     let mut world = World::online(&[("a", ""), ("b", "a"), ("c", "a")]);
     world.release();
