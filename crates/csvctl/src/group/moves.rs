@@ -71,15 +71,16 @@ pub(crate) fn run(
     let group = names::group(&db, name)?;
     let rows = candidates(config, name)?;
     let to = target(&db, group, options.to.as_deref(), &rows)?;
+    let machines = names::resources_of(&db, name).any(|resource| resource.kind == names::MACHINE);
+    let order =
+        Order { to, how: options.how.kind(machines), cause: MoveCause::Order, reason: ORDERED.to_owned() };
+    let watch = give(config, &db, group, order)?;
+    // Only now: a node that is down is refused.
     if let Some(why) = unfit(&db, to, &rows) {
         eprintln!(
             "WARNING: {why}; it is moved there all the same, as you order, and may be moved away again"
         );
     }
-    let machines = names::resources_of(&db, name).any(|resource| resource.kind == names::MACHINE);
-    let order =
-        Order { to, how: options.how.kind(machines), cause: MoveCause::Order, reason: ORDERED.to_owned() };
-    let watch = give(config, &db, group, order)?;
     if options.no_wait { Ok(()) } else { finish(config, watch, told) }
 }
 

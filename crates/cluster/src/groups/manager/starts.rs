@@ -5,7 +5,7 @@
 //! a group waits up to `group_settle_ms` for a node that it would rather go to and that is not up yet.
 
 use super::super::candidates::{Blocked, Key, Planner};
-use crate::db::{Group, GroupState, NodeState};
+use crate::db::{Group, GroupState, MoveCause, NodeState};
 use csv_types::NodeId;
 use std::cmp::Reverse;
 
@@ -114,7 +114,7 @@ fn start_one<'a>(
     if let Some(first) = barrier.filter(|first| first.policy.priority > group.policy.priority) {
         return Outcome::Not(format!("group {} of higher priority starts first", first.name));
     }
-    let best = match planner.best(group, None) {
+    let best = match ordered(planner, group).map_or_else(|| planner.best(group, None), Ok) {
         Ok(best) => best,
         Err(Blocked::Wait) => return Outcome::Soon("a node has not reported yet".into()),
         Err(Blocked::NoNode(_)) if cold => {
@@ -144,6 +144,15 @@ fn start_one<'a>(
     });
     planner.assign(group, to, reason);
     Outcome::Started
+}
+
+/// The node that an administrator was moving it to when its owner went, if it can have it.
+fn ordered<'a>(planner: &Planner<'a>, group: &'a Group) -> Option<Key> {
+    let GroupState::Releasing { to: Some(to), cause: MoveCause::Order, .. } = &group.state else {
+        return None;
+    };
+    let node = planner.db.nodes.get(to)?;
+    planner.fit(group, node).is_ok().then(|| planner.key(group, *to))
 }
 
 /// How the owner was lost, if there was one.
