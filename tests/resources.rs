@@ -522,28 +522,32 @@ fn checkpoints(lab: &Lab) -> anyhow::Result<()> {
     let groups = Groups::of(lab, "n1");
     groups.add("files", &["--preferred", "n2,n3,n1"])?;
     let mut of = resource("files", "files", "Test", &[]);
-    of.checkpoints = vec![file.to_owned()];
+    // Of the node's network alone.
+    let (setting, value) = ("sysctl:net.ipv4.ip_default_ttl", "/proc/sys/net/ipv4/ip_default_ttl");
+    of.checkpoints = vec![file.to_owned(), setting.to_owned()];
     groups.add_resource(&of)?;
     groups.online("files")?;
     groups.wait_online_at("files", "n2", DEADLINE)?;
     lab.sh(
         "n2",
-        &format!("mkdir -p $(dirname {file}); echo one > {file}; chmod 640 {file}; chown 1:2 {file}"),
+        &format!("mkdir -p $(dirname {file}); echo one > {file}; chmod 640 {file}; chown 1:2 {file}; echo 77 > {value}"),
     )?;
     groups.move_to("files", "n3", MoveKind::Shutdown)?;
-    let seen = lab.sh("n3", &format!("cat {file}; stat -c '%a %u:%g' {file}"))?;
-    ensure!(seen == "one\n640 1:2\n", "on n3: {seen}");
+    let look = format!("cat {file}; stat -c '%a %u:%g' {file}; cat {value}");
+    let seen = lab.sh("n3", &look)?;
+    ensure!(seen == "one\n640 1:2\n77\n", "on n3: {seen}");
     // What is saved while it runs outlives its node.
-    lab.sh("n3", &format!("echo two > {file}"))?;
+    lab.sh("n3", &format!("echo two > {file}; echo 128 > {value}"))?;
     groups.wait_kept("n3", file, DEADLINE)?;
+    groups.wait_kept("n3", setting, DEADLINE)?;
     lab.lab("crash", &["n3"])?;
     groups.wait("files", "to be online elsewhere", DEADLINE, |group| {
         group.state == GroupState::Online && group.owner.map(|owner| owner.0) != Some(3)
     })?;
     let owner = groups.owner("files")?;
-    let seen = lab.sh(&owner, &format!("cat {file}; stat -c '%a %u:%g' {file}"))?;
-    ensure!(seen == "two\n640 1:2\n", "on {owner}: {seen}");
-    println!("a file followed its resource to n3, and after n3 lost power to {owner}");
+    let seen = lab.sh(&owner, &look)?;
+    ensure!(seen == "two\n640 1:2\n128\n", "on {owner}: {seen}");
+    println!("a file and a kernel setting followed their resource to n3, and after n3 lost power to {owner}");
     lab.lab("restart", &["n3"])?;
     lab.wait_mode("n3", "direct")?;
     groups.offline("files")

@@ -247,19 +247,27 @@ impl<'a> Groups<'a> {
         })
     }
 
-    /// Waits until the cluster keeps a file of a resource as it is on `node`, by its length and when it was written.
+    /// Waits until the cluster keeps a file of a resource as it is on `node`, by its length and when it was written; or a setting
+    /// (`sysctl:NAME`), by its length.
     ///
     /// # Errors
     /// A file that cannot be looked at, or the deadline.
     pub fn wait_kept(&self, node: &str, path: &str, deadline: Duration) -> anyhow::Result<()> {
         wait::until(&format!("{path} to be kept by the cluster"), deadline, || {
-            let is = self.lab.sh(node, &format!("stat -c '%s %.9Y' {path}"))?;
+            let is = match path.strip_prefix("sysctl:") {
+                None => self.lab.sh(node, &format!("stat -c '%s %.9Y' {path}"))?,
+                Some(name) => {
+                    self.lab.sh(node, &format!("echo $(wc -c < /proc/sys/{}) 0.0", name.replace('.', "/")))?
+                }
+            };
             let kept = self.db()?.checkpoints.into_values();
             let mut heads = kept.filter_map(|value| FileHead::decode(&value).map(|(head, _)| head));
             let as_it_is = |head: &FileHead| {
                 let (seconds, ns) =
                     (head.modified_unix_ns / 1_000_000_000, head.modified_unix_ns % 1_000_000_000);
-                head.path == path && format!("{} {seconds}.{ns:09}", head.bytes) == is.trim()
+                let written =
+                    if head.modified_unix_ns == 0 { "0.0".into() } else { format!("{seconds}.{ns:09}") };
+                head.path == path && format!("{} {written}", head.bytes) == is.trim()
             };
             Ok(heads.any(|head| as_it_is(&head)).then_some(()))
         })

@@ -1,25 +1,63 @@
-//! Files that follow a resource, as they are kept among the checkpoints: a head in a line of JSON, then the file's bytes.
+//! Files and kernel settings that follow a resource, as they are kept among the checkpoints: a head in a line of JSON, then the
+//! bytes of the file or the setting.
 //!
 //! Invariant: [`FileHead::decode`] of what [`FileHead::encode`] made gives the same. A value that is not understood is nobody's
 //! file; whoever restores says so. What the database shows to others is the head alone ([`FileHead::alone`]).
 
 use csv_types::NodeId;
 use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 
-/// What a kept file is, but for its bytes.
+/// Before the name of a kernel setting in a resource's list.
+const SETTING: &str = "sysctl:";
+
+/// What a resource's list of checkpoints names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Followed<'a> {
+    /// A file, by its absolute path without `..`.
+    File(&'a Path),
+    /// A kernel setting: `sysctl:NAME`, by its file under `/proc/sys`.
+    Setting(PathBuf),
+}
+
+impl<'a> Followed<'a> {
+    /// Nothing if it is neither. The first separator in a setting's name says, as in sysctl(8), whether `.` or `/` separates;
+    /// the other one is then a `.` within a part, as in `net/ipv4/conf/eth0.100/forwarding`.
+    #[must_use]
+    pub fn parse(text: &'a str) -> Option<Followed<'a>> {
+        if text.contains('\0') {
+            return None;
+        }
+        let Some(name) = text.strip_prefix(SETTING) else {
+            let plain = text.starts_with('/') && !text.split('/').any(|part| part == "..");
+            return plain.then(|| Followed::File(Path::new(text)));
+        };
+        let dots = name.find(['.', '/']).is_none_or(|at| name.as_bytes().get(at) == Some(&b'.'));
+        let swap = |c: char| match c {
+            '.' => '/',
+            '/' => '.',
+            other => other,
+        };
+        let path: String = if dots { name.chars().map(swap).collect() } else { name.to_owned() };
+        let plain = !path.split('/').any(|part| matches!(part, "" | "." | ".."));
+        plain.then(|| Followed::Setting(Path::new("/proc/sys").join(path)))
+    }
+}
+
+/// What a kept file or setting is, but for its bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileHead {
-    /// Which file it is: the resource's list may have changed since.
+    /// Which file or setting it is, as the list has it: the resource's list may have changed since.
     pub path: String,
     /// Who saved it.
     pub node: NodeId,
-    /// As in `st_mode` of stat(2).
+    /// As in `st_mode` of stat(2); 0 for a setting, as the owners are.
     pub mode: u32,
     pub uid: u32,
     pub gid: u32,
-    /// Length of the file.
+    /// Length of the file, or of the setting's text.
     pub bytes: u64,
-    /// When the file was last written when it was saved, by the clock of `node`, in ns since 1970.
+    /// When the file was last written when it was saved, by the clock of `node`, in ns since 1970; 0 for a setting.
     pub modified_unix_ns: i64,
 }
 
@@ -55,6 +93,31 @@ impl FileHead {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_and_settings_are_told_apart() {
+        let setting = |path: &str| Some(Followed::Setting(PathBuf::from(path)));
+        assert_eq!(Followed::parse("/etc/a.conf"), Some(Followed::File(Path::new("/etc/a.conf"))));
+        assert_eq!(Followed::parse("sysctl:net.core.somaxconn"), setting("/proc/sys/net/core/somaxconn"));
+        assert_eq!(Followed::parse("sysctl:net/core/somaxconn"), setting("/proc/sys/net/core/somaxconn"));
+        let forwarding = setting("/proc/sys/net/ipv4/conf/eth0.100/forwarding");
+        assert_eq!(Followed::parse("sysctl:net.ipv4.conf.eth0/100.forwarding"), forwarding);
+        assert_eq!(Followed::parse("sysctl:net/ipv4/conf/eth0.100/forwarding"), forwarding);
+        let none = [
+            "etc/a",
+            "/etc/../a",
+            "",
+            "sysctl:",
+            "sysctl:/net",
+            "sysctl:.net",
+            "sysctl:net..core",
+            "sysctl:net/../../etc/passwd",
+            "sysctl:net.//.//.etc",
+            "sysctl:a\0b",
+            "/a\0",
+        ];
+        none.into_iter().for_each(|text| assert_eq!(Followed::parse(text), None, "{text}"));
+    }
 
     #[test]
     fn a_head_is_shown_without_what_it_heads() {

@@ -30,7 +30,7 @@ pub mod volume;
 pub(crate) mod tests;
 
 pub use apply::restore::{RESTORE_EPOCHS, RESTORE_GENERATIONS, RESTORE_NODES};
-pub use checkpoint::FileHead;
+pub use checkpoint::{FileHead, Followed};
 pub use command::{
     Answer, Applied, Command, DecodeError, Envelope, FEATURE_LEVEL, Init, NewNode, NewResource, Ownership,
     ResourceChange, decode_answer, encode_answer,

@@ -122,7 +122,7 @@ pub struct Resource {
     pub wanted_unix_ms: Option<u64>,
     /// Failure and polls.
     pub policy: ResourcePolicy,
-    /// Files that follow it to the next node (absolute paths).
+    /// Files (absolute paths) and kernel settings (`sysctl:NAME`) that follow it to the next node; see [`super::Followed`].
     pub checkpoints: Vec<String>,
     /// How it is.
     pub status: ResourceStatus,

@@ -63,8 +63,9 @@ struct CommonArgs {
     /// Nodes that may have it, and so its group. '' for all.
     #[arg(long, value_name = "NODE,...", value_parser = name_list)]
     possible: Option<Names>,
-    /// A file outside the volumes that follows it to the next node, by its absolute path; may be repeated. '' for none.
-    #[arg(long = "checkpoint", value_name = "PATH")]
+    /// A file outside the volumes that follows it to the next node, by its absolute path, or a kernel setting, such as
+    /// sysctl:net.core.somaxconn; may be repeated. '' for none.
+    #[arg(long = "checkpoint", value_name = "PATH|sysctl:NAME")]
     checkpoints: Vec<String>,
     #[command(flatten)]
     policy: PolicyArgs,

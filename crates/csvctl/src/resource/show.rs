@@ -247,11 +247,11 @@ fn facts(
     facts.push(("needed by", dash(dependents(db, of).join(","))));
     let possible = if of.possible.is_empty() { "any".to_owned() } else { node_names(db, &of.possible) };
     facts.push(("possible owners", possible));
-    facts.push(("files that follow it", dash(files(db, of))));
+    facts.push(("files and settings that follow it", dash(files(db, of))));
     facts
 }
 
-/// What the cluster keeps of each file that follows it; nothing of one that was never saved.
+/// What the cluster keeps of each file or setting that follows it; nothing of one that was never saved.
 fn kept(db: &ClusterDb, of: &Resource) -> Vec<Option<FileHead>> {
     let head = |(index, path): (usize, &String)| {
         let value = db.checkpoints.get(&FileHead::key(&of.name, index))?;
@@ -263,6 +263,9 @@ fn kept(db: &ClusterDb, of: &Resource) -> Vec<Option<FileHead>> {
 fn files(db: &ClusterDb, of: &Resource) -> String {
     let text = |(path, kept): (&String, Option<FileHead>)| match kept {
         None => format!("{path} (not saved yet)"),
+        Some(head) if head.modified_unix_ns == 0 => {
+            format!("{path} (saved by {})", db.node_name(head.node))
+        }
         Some(head) => {
             let (node, ms) = (db.node_name(head.node), head.modified_unix_ns / 1_000_000);
             let written = rfc3339(u64::try_from(ms).unwrap_or(0));
@@ -311,9 +314,10 @@ mod tests {
     fn files_that_follow_say_whether_they_are_kept() {
         let mut bed = bed();
         let (path, node) = ("/etc/a".to_owned(), csv_types::NodeId(2));
-        let head = FileHead { path, node, mode: 0, uid: 0, gid: 0, bytes: 5, modified_unix_ns: 0 };
+        let head =
+            FileHead { path, node, mode: 0, uid: 0, gid: 0, bytes: 5, modified_unix_ns: 1_000_000_000 };
         let change = csv_cluster::db::ResourceChange {
-            checkpoints: Some(["/etc/a", "/etc/b", "/etc/c"].map(str::to_owned).into()),
+            checkpoints: Some(["/etc/a", "/etc/b", "/etc/c", "sysctl:a.b"].map(str::to_owned).into()),
             ..Default::default()
         };
         bed.ok(Command::ResourceSet { name: "ip".into(), change });
@@ -328,9 +332,15 @@ mod tests {
             value: head.encode(b"bytes"),
             owner: None,
         });
+        let setting = FileHead { path: "sysctl:a.b".into(), modified_unix_ns: 0, ..head };
+        bed.ok(Command::CheckpointPut {
+            name: FileHead::key("ip", 3),
+            value: setting.encode(b"1\n"),
+            owner: None,
+        });
         assert_eq!(
             files(&bed.db, &bed.db.resources["ip"]),
-            "/etc/a (5 bytes, written 1970-01-01T00:00:00Z, saved by n2), /etc/b (not saved yet), /etc/c (not saved yet)"
+            "/etc/a (5 bytes, written 1970-01-01T00:00:01Z, saved by n2), /etc/b (not saved yet), /etc/c (not saved yet), sysctl:a.b (saved by n2)"
         );
     }
 

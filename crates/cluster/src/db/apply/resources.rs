@@ -1,6 +1,7 @@
 //! Commands about resources and resource types.
 
 use super::super::ClusterDb;
+use super::super::checkpoint::Followed;
 use super::super::command::{Answer, Command, NewResource, ResourceChange};
 use super::super::events::EventKind;
 use super::super::refused::Refused;
@@ -65,9 +66,10 @@ impl ClusterDb {
             let what = "checkpoints of a resource".into();
             return Err(Refused::TooMany { what, max: CHECKPOINTS_PER_RESOURCE_MAX as u64 });
         }
-        if let Some(path) = resource.checkpoints.iter().find(|path| !is_plain_path(path)) {
+        if let Some(path) = resource.checkpoints.iter().find(|path| Followed::parse(path).is_none()) {
             return invalid(format!(
-                "a checkpoint is a file by its absolute path, without \"..\"; not \"{path}\""
+                "a checkpoint is a file by its absolute path, without \"..\", or a kernel setting such as \
+                 sysctl:net.core.somaxconn; not \"{path}\""
             ));
         }
         self.check_dependencies(resource)

@@ -55,8 +55,10 @@ fn bad_policies_and_resources_are_refused() {
     let set = |change| Command::ResourceSet { name: "a".into(), change };
     let depends = ResourceChange { depends: Some("b".into()), ..ResourceChange::default() };
     bed.refused(set(depends), "in a circle: a depends on b");
-    let path = ResourceChange { checkpoints: Some(vec!["/etc/../x".into()]), ..ResourceChange::default() };
-    bed.refused(set(path), "absolute path");
+    for path in ["/etc/../x", "sysctl:kernel..x"] {
+        let path = ResourceChange { checkpoints: Some(vec![path.into()]), ..ResourceChange::default() };
+        bed.refused(set(path), "absolute path");
+    }
     let policy = ResourcePolicy { pending_timeout_ms: 1, ..ResourcePolicy::default() };
     bed.refused(
         set(ResourceChange { policy: Some(policy), ..ResourceChange::default() }),
