@@ -62,6 +62,8 @@ pub const NODES_MAX: usize = 64;
 pub const VOLUMES_MAX: usize = 256;
 /// Join tokens at a time.
 pub const TOKENS_MAX: usize = 64;
+/// What a node that is cut off needs to end its groups, in milliseconds.
+pub const STOP_MS: u64 = 3_000;
 /// Groups, resources, properties and checkpoints: of each at most so many.
 pub const RECORDS_MAX: usize = 4096;
 /// Bytes of a property, and of all properties of a resource.
@@ -276,6 +278,24 @@ impl ClusterDb {
     pub fn group_owner_stands(&self, group: &Group) -> bool {
         let Some(node) = group.owner.and_then(|owner| self.nodes.get(&owner)) else { return false };
         node.incarnation == group.incarnation && matches!(node.state, NodeState::Up | NodeState::Isolated)
+    }
+
+    /// For how long, in milliseconds, what a node that is down had may still run there; 0 when it has ended for certain: it said
+    /// goodbye, or was not heard for as long as a node that is cut off goes on at most ([`Settings::contact_limit_ms`]) and
+    /// [`STOP_MS`] more. By the clock of `by`, which is not trusted to have gone forward, nor to show the same time as that of
+    /// another node, by which it may be down since then.
+    #[must_use]
+    pub fn may_run_for_ms(&self, node: &Node, by: NodeId, now_unix_ms: u64) -> u64 {
+        if node.stopped {
+            return 0;
+        }
+        let settings = &self.settings;
+        let same_clock = self.down_by.get(&node.id) == Some(&by);
+        let skew_ms = if same_clock { 0 } else { settings.clock_skew_max_ms };
+        let heard = node.since_unix_ms.saturating_sub(settings.silence_ms());
+        let silent_ms = now_unix_ms.saturating_sub(heard);
+        let limit_ms = settings.contact_limit_ms().saturating_add(STOP_MS).saturating_add(skew_ms);
+        limit_ms.saturating_sub(silent_ms)
     }
 
     /// The key that a node's csvd must have registered on the volume's LUN, if it may write there.

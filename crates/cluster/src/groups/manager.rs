@@ -17,9 +17,8 @@
 //!
 //! **When has a former owner stopped for certain?** At once, when it is there again (it takes a new incarnation only when all
 //! its groups have ended) or said goodbye; otherwise when it was not heard for as long as a node that is cut off goes on at most
-//! ([`Settings::contact_limit_ms`]) and [`STOP_MS`] more, and `clock_skew_max_ms` more when the leader has changed since it was
-//! given up. Groups whose every resource guards itself (see [`Guard`]) or needs a
-//! disk do not wait. A group loses its owner only then, so one without an owner is nowhere.
+//! ([`ClusterDb::may_run_for_ms`]). Groups whose every resource guards itself (see [`Guard`]) or needs a disk do not wait. A
+//! group loses its owner only then, so one without an owner is nowhere.
 //!
 //! A group in maintenance is not moved for failure, by hard rules, failback and balancing; it is for an administrator, a drain
 //! and the loss of its node. A group that is moved, and whose owner stands, is never touched; when its target dies, its owner
@@ -43,8 +42,6 @@ use csv_types::NodeId;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What a node that is cut off needs to end its groups, in milliseconds.
-pub const STOP_MS: u64 = 3_000;
 /// Feature level from which on there are groups.
 const LEVEL: u32 = 2;
 
@@ -132,20 +129,10 @@ impl<'a> Planner<'a> {
         match last.state {
             NodeState::Up | NodeState::Isolated | NodeState::Joining => true,
             NodeState::Down => {
-                released || renewed || last.stopped || self.silent_for_long(last) || self.guarded(group)
+                let may_run_ms = self.db.may_run_for_ms(last, self.view.me, self.view.now_unix_ms);
+                released || renewed || may_run_ms == 0 || self.guarded(group)
             }
         }
-    }
-
-    /// Was a node that is down not heard for as long as it could have gone on? The clock is not trusted to have gone forward,
-    /// and that of another node, by which it may be down since then, not to show the same time.
-    fn silent_for_long(&self, node: &Node) -> bool {
-        let settings = &self.db.settings;
-        let same_clock = self.db.down_by.get(&node.id) == Some(&self.view.me);
-        let skew_ms = if same_clock { 0 } else { settings.clock_skew_max_ms };
-        let heard = node.since_unix_ms.saturating_sub(settings.silence_ms());
-        let silent_ms = self.view.now_unix_ms.saturating_sub(heard);
-        silent_ms >= settings.contact_limit_ms().saturating_add(STOP_MS).saturating_add(skew_ms)
     }
 
     /// Does every resource of the group guard itself, or need a disk?

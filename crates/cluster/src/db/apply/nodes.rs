@@ -26,7 +26,7 @@ impl ClusterDb {
         } else if let Command::NodeLeave { node, incarnation } = command {
             self.node_leave(at, *node, *incarnation)
         } else if let Command::NodeEvict { node } = command {
-            self.node_evict(at, *node)
+            self.node_evict((at, by), *node)
         } else if let Command::ForceStart { node } = command {
             self.force_start((at, by), *node)
         } else {
@@ -347,7 +347,7 @@ impl ClusterDb {
         done()
     }
 
-    fn node_evict(&mut self, at: At, id: NodeId) -> Answer {
+    fn node_evict(&mut self, (at, by): (At, NodeId), id: NodeId) -> Answer {
         let node = self.need_node(id)?;
         let name = node.name.clone();
         if self.nodes.len() == 1 {
@@ -360,6 +360,13 @@ impl ClusterDb {
         let groups = self.groups_of(id);
         if node.is_up() && !groups.is_empty() {
             return Err(Refused::OwnsGroups { node: name, groups: groups.join(", ") });
+        }
+        // Of a node that is not known any more nobody waits for the end of what it had.
+        let may_run_ms = self.may_run_for_ms(node, by, at);
+        if node.state == NodeState::Down && !groups.is_empty() && may_run_ms > 0 {
+            let (groups, seconds) = (groups.join(", "), may_run_ms.div_ceil(1_000));
+            let why = format!("its groups ({groups}) may run there for {seconds} s more; evict it then");
+            return Err(Self::node_state(node, at, &why));
         }
         let in_use = match node.state {
             NodeState::Joining | NodeState::Down => false,

@@ -225,7 +225,14 @@ fn nodes_with_groups_are_not_drained_and_those_that_go_are_forgotten() {
     bed.ok(Command::NodePause { node: n(2), drain: true });
     bed.refused(Command::NodeDrained { node: n(2) }, "has the groups g");
     bed.down(2);
-    bed.ok(Command::NodeEvict { node: n(2) });
+    let evict = Command::NodeEvict { node: n(2) };
+    bed.refused(evict.clone(), "n2 is Down: its groups (g) may run there for 9 s more; evict it then");
+    let mut other = bed.db.clone();
+    bed.now += bed.db.may_run_for_ms(&bed.db.nodes[&n(2)], n(1), bed.now);
+    // By another clock it is not over yet.
+    let envelope = crate::db::Envelope { at_unix_ms: bed.now, by: n(3), command: evict.clone() };
+    assert!(other.apply(&envelope).unwrap_err().to_string().contains("for 60 s more"));
+    bed.ok(evict);
     let group = &bed.db.groups["g"];
     assert_eq!((group.owner, group.policy.preferred.as_slice()), (None, [n(3)].as_slice()));
     assert_eq!(bed.db.resources["g-r"].possible, [n(2)], "not every node may have it now");

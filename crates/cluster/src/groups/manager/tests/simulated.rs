@@ -1,11 +1,11 @@
 //! The manager against obedient owners: random clusters and faults, then quiet. Nothing that is unguarded ever runs twice, no
 //! assignment breaks a hard rule, everything that can be online gets there, and then nothing moves any more.
 
-use super::super::{GroupView, STOP_MS, plan};
+use super::super::{GroupView, plan};
 use crate::db::tests::{Bed, n, new_resource};
 use crate::db::{
     AntiAffinity, Applied, Command, Failback, Group, GroupPolicy, GroupState, MoveCause, MoveKind,
-    ResourceState,
+    ResourceState, STOP_MS,
 };
 use crate::failover::{self, NodeReport, View};
 use crate::groups::balance;
