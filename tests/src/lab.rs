@@ -185,13 +185,12 @@ impl Lab {
         wait::run(&mut command, UP_DEADLINE)?.ok(&format!("csvctl lab {verb} {}", args.join(" ")))
     }
 
-    /// csvctl as on a node.
+    /// csvctl as on a node, found as a user's is: by its name.
     ///
     /// # Errors
     /// It failed.
     pub fn ctl(&self, node: &str, args: &[&str]) -> anyhow::Result<String> {
-        let mut argv = vec![self.csvctl.as_os_str()];
-        argv.extend(args.iter().map(OsStr::new));
+        let argv: Vec<&str> = std::iter::once("csvctl").chain(args.iter().copied()).collect();
         self.exec(node, &argv, COMMAND_DEADLINE)?.ok(&format!("{node}: csvctl {}", args.join(" ")))
     }
 

@@ -68,6 +68,8 @@ pub(crate) fn exec(lab: &Lab, node: &str, words: &[OsString]) -> anyhow::Result<
     }
     signals.thread_block()?;
     let signal_fd = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
+    // Before: the node's /proc does not know this process.
+    let path = path_with_own_dir();
     enter(lab, node)?;
     // The child inherits the mask, so it is open for the moment of its birth.
     signals.thread_unblock()?;
@@ -77,7 +79,7 @@ pub(crate) fn exec(lab: &Lab, node: &str, words: &[OsString]) -> anyhow::Result<
         .args(words)
         .env("CSV_LAB", &lab.name)
         .env("CSV_NODE", node)
-        .env("PATH", path_with_own_dir())
+        .env("PATH", path)
         .spawn();
     signals.thread_block()?;
     let mut child = spawned.context("cannot run setpriv (package util-linux)")?;
