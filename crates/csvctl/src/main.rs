@@ -120,7 +120,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Resource(command) => resource::run(command, &target, cli.json)?,
         Command::Vm(command) => vm::run(command, &target, cli.json)?,
         Command::Events(args) => events::run(&args, &target, cli.json)?,
-        Command::Lab(command) => return lab::run(command, cli.json),
+        Command::Lab(command) => return lab::run(command, target.lab.as_deref(), cli.json),
         Command::Bench(args) => bench::run(args, cli.json)?,
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "csvctl", &mut std::io::stdout());

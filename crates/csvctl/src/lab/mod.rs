@@ -126,8 +126,36 @@ fn load(name: Option<&str>) -> anyhow::Result<Lab> {
     Lab::load(&choose(name)?)
 }
 
-/// Carries the command out. Labs nest in nobody: inside a node there are none.
-pub(crate) fn run(command: LabCommand, json: bool) -> anyhow::Result<ExitCode> {
+impl LabCommand {
+    /// Without a `--name` it is about that lab.
+    fn mean(&mut self, lab: Option<&str>) {
+        if let (Some(name @ None), Some(lab)) = (self.name_mut(), lab) {
+            *name = Some(lab.to_owned());
+        }
+    }
+
+    /// Where its `--name` stands; not of those that name a new lab, or none.
+    fn name_mut(&mut self) -> Option<&mut Option<String>> {
+        match self {
+            LabCommand::Down { name, .. } | LabCommand::Stop { name, .. } | LabCommand::Heal { name } => {
+                Some(name)
+            }
+            LabCommand::Crash(node)
+            | LabCommand::Restart { node, .. }
+            | LabCommand::Partition { node, .. }
+            | LabCommand::FailPath { node, .. }
+            | LabCommand::HealPath { node, .. }
+            | LabCommand::DelayPath { node, .. } => Some(&mut node.name),
+            LabCommand::Exec(args) => Some(&mut args.name),
+            LabCommand::Up(_) | LabCommand::List | LabCommand::NodeInit(_) => None,
+        }
+    }
+}
+
+/// Carries the command out; `lab` is the lab of other commands, which counts where no `--name` is given. Labs nest in nobody:
+/// inside a node there are none.
+pub(crate) fn run(mut command: LabCommand, lab: Option<&str>, json: bool) -> anyhow::Result<ExitCode> {
+    command.mean(lab);
     if !rustix::process::geteuid().is_root() {
         bail!("labs are made of namespaces, mounts and loop devices; run this as root (sudo csvctl lab ...)");
     }
@@ -214,4 +242,43 @@ fn list(json: bool) -> anyhow::Result<()> {
         print!("{}", output::table(&table));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Debug, Parser)]
+    struct Cli {
+        #[command(subcommand)]
+        command: LabCommand,
+    }
+
+    #[test]
+    fn the_lab_of_other_commands_counts_where_none_is_named() {
+        let lines = [
+            "down",
+            "stop n1",
+            "heal",
+            "crash n1",
+            "restart n1",
+            "partition n1",
+            "fail-path n1",
+            "exec n1 -- ls",
+        ];
+        for line in lines {
+            let parse = |line: &str| Cli::try_parse_from(["x"].into_iter().chain(line.split(' '))).unwrap();
+            let mut command = parse(line).command;
+            command.mean(None);
+            assert_eq!(command.name_mut(), Some(&mut None), "{line}");
+            command.mean(Some("a"));
+            assert_eq!(command.name_mut(), Some(&mut Some("a".into())), "{line}");
+            let (verb, rest) = line.split_once(' ').unwrap_or((line, ""));
+            let mut command = parse(format!("{verb} --name b {rest}").trim()).command;
+            command.mean(Some("a"));
+            assert_eq!(command.name_mut(), Some(&mut Some("b".into())), "{line}");
+        }
+        assert_eq!(Cli::try_parse_from(["x", "list"]).unwrap().command.name_mut(), None);
+    }
 }
