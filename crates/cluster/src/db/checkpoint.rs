@@ -25,12 +25,8 @@ impl<'a> Followed<'a> {
     /// the other one is then a `.` within a part, as in `net/ipv4/conf/eth0.100/forwarding`.
     #[must_use]
     pub fn parse(text: &'a str) -> Option<Followed<'a>> {
-        if text.contains('\0') {
-            return None;
-        }
         let Some(name) = text.strip_prefix(SETTING) else {
-            let plain = text.starts_with('/') && !text.split('/').any(|part| part == "..");
-            return plain.then(|| Followed::File(Path::new(text)));
+            return is_plain_path(text).then(|| Followed::File(Path::new(text)));
         };
         let dots = name.find(['.', '/']).is_none_or(|at| name.as_bytes().get(at) == Some(&b'.'));
         let swap = |c: char| match c {
@@ -39,9 +35,14 @@ impl<'a> Followed<'a> {
             other => other,
         };
         let path: String = if dots { name.chars().map(swap).collect() } else { name.to_owned() };
-        let plain = !path.split('/').any(|part| matches!(part, "" | "." | ".."));
+        let plain = !path.contains('\0') && !path.split('/').any(|part| matches!(part, "" | "." | ".."));
         plain.then(|| Followed::Setting(Path::new("/proc/sys").join(path)))
     }
+}
+
+/// Absolute, without `..`.
+pub(super) fn is_plain_path(path: &str) -> bool {
+    path.starts_with('/') && !path.contains('\0') && !path.split('/').any(|part| part == "..")
 }
 
 /// What a kept file or setting is, but for its bytes.

@@ -1,7 +1,7 @@
 //! Commands about resources and resource types.
 
 use super::super::ClusterDb;
-use super::super::checkpoint::Followed;
+use super::super::checkpoint::{Followed, is_plain_path};
 use super::super::command::{Answer, Command, NewResource, ResourceChange};
 use super::super::events::EventKind;
 use super::super::refused::Refused;
@@ -300,10 +300,6 @@ fn check_resource_policy(policy: &ResourcePolicy) -> Result<(), Refused> {
     within("is-alive", policy.is_alive_ms.unwrap_or(60_000), 100, DAY_MS)?;
     within("the pending time-out", policy.pending_timeout_ms, 100, DAY_MS)?;
     within("the deadlock time-out", policy.deadlock_timeout_ms, 100, DAY_MS)
-}
-
-fn is_plain_path(path: &str) -> bool {
-    path.starts_with('/') && !path.contains('\0') && !path.split('/').any(|part| part == "..")
 }
 
 /// Bytes that a resource takes in a record.
